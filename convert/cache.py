@@ -1,0 +1,117 @@
+"""The cache of one converted layer: the convolution's last inputs, the recurrent state, and how many tokens were seen.
+
+transformers builds a DynamicCache of attention layers from the teacher's config; a mixer puts this layer in its own
+place on its first call, so forward(), generate(), beams and offloading work unchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer, StaticLayer
+
+from ..errors import fail
+
+
+class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+    """conv_states[0]: [B, K-1, C]; recurrent_states[0]: [B, H, P, N], float32; seen: tokens so far."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        LinearAttentionLayer.__init__(self)
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.seen = 0
+
+    def store(self, conv_BKC: Tensor, state_BHPN: Tensor, tokens: int) -> None:
+        """Keeps both states after `tokens` more tokens."""
+        self.conv_states[0], self.recurrent_states[0] = conv_BKC, state_BHPN
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
+        self.has_previous_state[0] = True
+        self.device, self.dtype = state_BHPN.device, state_BHPN.dtype
+        self.seen += tokens
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        """Nothing to do: `store` sets both states."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Refused: a converted layer has no keys and values."""
+        raise AssertionError("a converted layer was asked to store keys and values")
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(key length, offset) as a full-attention layer would answer, since masks are built once for all layers."""
+        return self.seen + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        """-1: the state has a fixed size whatever the length."""
+        return -1
+
+    def reset(self) -> None:
+        """Empties both states in place."""
+        LinearAttentionLayer.reset(self)
+        self.seen = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError: a recurrent state cannot forget its last tokens."""
+        raise fail("cache.crop", "a recurrent state cannot be cropped", tokens_to_remove, "Keep a copy of the cache instead.")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times."""
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows of `indices`."""
+        self._map(lambda t: t[indices, ...])
+
+    def _map(self, change) -> None:  # type: ignore[no-untyped-def]
+        if self.is_recurrent_states_initialized[0]:
+            self.conv_states[0] = change(self.conv_states[0])
+            self.recurrent_states[0] = change(self.recurrent_states[0])
+
+
+def cache_layer(cache: Cache | None, index: int) -> MixerCacheLayer | None:
+    """This layer's place in the cache, made ours on first use.
+
+    Raises:
+        ValueError: a static cache, whose masks would let padding into the state.
+    """
+    if cache is None:
+        return None
+    layers = cache.layers
+    while len(layers) <= index:
+        layers.append(DynamicLayer())
+    if isinstance(layers[index], StaticLayer):
+        raise fail("generate.cache_implementation", "converted layers need the dynamic cache", "static", "Leave cache_implementation out.")
+    if not isinstance(layers[index], MixerCacheLayer):
+        layers[index] = MixerCacheLayer()
+    return layers[index]
+
+
+def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """Which of the last `length` tokens are real, [B, L] bool; None where all are.
+
+    The attention mask a decoder hands to its mixers is [B, 1, L, S], boolean or additive: a token is real where it may
+    see itself. FlashAttention's [B, S] is read directly.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -length:].bool()
+    diagonal = attention_mask[:, 0, :, attention_mask.shape[-1] - length :].diagonal(dim1=-2, dim2=-1)
+    return diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
+
+
+def segments(position_ids: Tensor | None) -> Tensor | None:
+    """Document of each token, [B, L], from the places where positions start over; None where none does."""
+    if position_ids is None or position_ids.shape[-1] == 1:
+        return None
+    starts = (position_ids[:, 1:] == 0) | (position_ids[:, 1:] < position_ids[:, :-1])
+    if not bool(starts.any()):
+        return None
+    return torch.nn.functional.pad(starts.to(torch.int32).cumsum(-1), (1, 0))

@@ -1,0 +1,5 @@
+"""Llama and what shares its architecture word for word: SmolLM, SmolLM2, TinyLlama, Vicuna, Llama 3 with scaled RoPE."""
+
+from .spec import FamilySpec
+
+LLAMA = FamilySpec(model_types=("llama",), stock_export="granitemoehybrid")

@@ -1,0 +1,47 @@
+"""The stock Mamba-2 mixer, parameter for parameter as transformers, vLLM and llama.cpp run it [Mamba-2, figure 6 left].
+
+in_proj -> [z | x | B | C | dt]; causal convolution with bias and SiLU over [x | B | C]; dt = softplus(dt + dt_bias),
+log a = -dt exp(A_log); out_proj(RMSNorm_group(y silu(z))). No RoPE, no norm on B or C, no clamp on dt.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmorph.kernels.norm import gated_group_norm
+
+from .base import Mixer, MixerShape
+
+
+class GatedNorm(nn.Module):
+    """Holds the norm's weight under the name stock checkpoints use."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Mamba2Mixer(Mixer):
+    """The default student."""
+
+    kind = "mamba2"
+    conv_silu = True
+
+    def __init__(self, shape: MixerShape, layer_idx: int) -> None:
+        super().__init__(shape, layer_idx, shape.inner + shape.conv_channels + shape.heads)
+        self.dt_bias = nn.Parameter(torch.zeros(shape.heads))
+        self.A_log = nn.Parameter(torch.zeros(shape.heads))
+        self.norm = GatedNorm(shape.inner)
+
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, channels, dt = projected.split([self.shape.inner, self.shape.conv_channels, self.shape.heads], dim=-1)
+        return z, channels, dt
+
+    def _decay(self, decay_BLH: Tensor) -> tuple[Tensor, Tensor | None]:
+        dt_BLH = F.softplus(decay_BLH.float() + self.dt_bias.float())
+        return -dt_BLH * self.A_log.float().exp(), dt_BLH
+
+    def _finish(self, y_BLE: Tensor, gate_BLE: Tensor) -> Tensor:
+        return gated_group_norm(y_BLE, gate_BLE, self.norm.weight, groups=self.shape.groups, eps=self.shape.eps)

@@ -1,0 +1,168 @@
+"""The hybrid as a transformers model: the teacher's own class with some self-attentions replaced by mixers.
+
+No decoder is written here. `hybrid_class` derives from the teacher's class, so generation, masks, gradient checkpointing
+and weight names are the teacher's; the config nests the teacher's config whole and keeps the plan under its own key.
+The model type is always ours: saved under the teacher's, a hybrid would reload with random attention.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..errors import fail
+from .families import AttentionShape, family_of
+from .mixers import Mixer, MixerShape, mixer_class
+
+
+class SsmorphConfig(PreTrainedConfig):
+    """A hybrid's config.
+
+    `text_config` is the teacher's config (transformers' name for a nested decoder, so that caches, masks and PEFT find
+    it); `converted` maps a layer index to {"kind": mixer, "shape": sizes}.
+    """
+
+    model_type = "ssmorph"
+    sub_configs: ClassVar = {"text_config": AutoConfig}
+    text_config: Any = None
+    converted: dict | None = None
+    ssmorph_version: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.text_config, dict):
+            self.text_config = AutoConfig.for_model(**self.text_config)
+        if self.text_config is not None:
+            for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+                if hasattr(self.text_config, name):
+                    kwargs.setdefault(name, getattr(self.text_config, name))
+        for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+            if name in kwargs:
+                setattr(self, name, kwargs.pop(name))
+        super().__post_init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """The teacher's vocabulary."""
+        return self.text_config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """The teacher's width."""
+        return self.text_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The teacher's depth."""
+        return self.text_config.num_hidden_layers
+
+    def layers(self) -> dict[int, tuple[str, MixerShape]]:
+        """Converted layers: index to (mixer kind, sizes)."""
+        return {int(k): (v["kind"], MixerShape(**v["shape"])) for k, v in (self.converted or {}).items()}
+
+
+class SsmorphForCausalLM(PreTrainedModel):
+    """Entry point for `from_pretrained`, `from_config` and direct construction; instances are of `hybrid_class`."""
+
+    config_class = SsmorphConfig
+    # a recurrent state cannot be rolled back, so assisted generation has to be refused
+    _is_stateful = True
+
+    def __new__(cls, config: SsmorphConfig, *args: Any, **kwargs: Any) -> SsmorphForCausalLM:
+        return super().__new__(hybrid_class(config) if cls is SsmorphForCausalLM else cls)
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As transformers' from_pretrained; only safetensors are read."""
+        if not isinstance(config, SsmorphConfig):
+            keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            config = SsmorphConfig.from_pretrained(config or path, **{k: kwargs[k] for k in keys if k in kwargs})
+        kwargs.setdefault("use_safetensors", True)
+        target = hybrid_class(config) if cls is SsmorphForCausalLM else cls
+        return super(SsmorphForCausalLM, target).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: SsmorphConfig, **kwargs: Any) -> Any:
+        target = hybrid_class(config) if cls is SsmorphForCausalLM else cls
+        return super(SsmorphForCausalLM, target)._from_config(config, **kwargs)
+
+    def mixers(self) -> dict[int, Mixer]:
+        """The converted layers' mixers by layer index."""
+        return {m.layer_idx: m for m in self.modules() if isinstance(m, Mixer)}
+
+
+def hybrid_class(config: SsmorphConfig) -> type[SsmorphForCausalLM]:
+    """The class of hybrids of this teacher."""
+    return _hybrid_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)])
+
+
+@functools.cache
+def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausalLM]:
+    def __init__(self: Any, config: SsmorphConfig, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, SsmorphConfig):
+            raise fail("SsmorphForCausalLM", "is built from a SsmorphConfig", type(config).__name__, "Use convert or from_pretrained.")
+        # the nested config has to agree with what from_pretrained decided for the outer one
+        if getattr(config, "_attn_implementation_internal", None) and not isinstance(config._attn_implementation, dict):
+            config.text_config._attn_implementation = config._attn_implementation
+        teacher_class.__init__(self, config.text_config, *args, **kwargs)
+        self.config = config
+        spec = family_of(config.text_config.model_type)
+        layers = spec.decoder_layers(self)
+        for index, (kind, shape) in config.layers().items():
+            setattr(layers[index], spec.mixer, mixer_class(kind)(shape, index))
+
+    @torch.no_grad()
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        teacher_class._init_weights(self, module)
+        if isinstance(module, Mixer):
+            for name, parameter in module.named_parameters(recurse=False):
+                (init.ones_ if name == "D" else init.zeros_)(parameter)
+        if type(module).__name__ == "GatedNorm":
+            init.ones_(module.weight)
+
+    body = {"__init__": __init__, "_init_weights": _init_weights, "__module__": __name__, "teacher_class": teacher_class}
+    return type("SsmorphForCausalLM", (SsmorphForCausalLM, teacher_class), body)
+
+
+def hybrid_of(teacher: PreTrainedModel, mixers: dict[int, Mixer], version: str) -> SsmorphForCausalLM:
+    """A hybrid that shares every kept weight with `teacher` and has `mixers` in the converted layers."""
+    converted = {str(i): {"kind": m.kind, "shape": m.shape.as_dict()} for i, m in sorted(mixers.items())}
+    config = SsmorphConfig(text_config=teacher.config, converted=converted, ssmorph_version=version)
+    config.dtype = teacher.dtype
+    with torch.device("meta"):
+        student = SsmorphForCausalLM(config)
+    spec = family_of(teacher.config.model_type)
+    _share_tensors(student, teacher)
+    layers = spec.decoder_layers(student)
+    for index, mixer in mixers.items():
+        setattr(layers[index], spec.mixer, mixer)
+    student.generation_config = GenerationConfig.from_dict(teacher.generation_config.to_dict())
+    student.tie_weights()
+    return student.eval()
+
+
+def _share_tensors(student: nn.Module, teacher: nn.Module) -> None:
+    """Gives the student the teacher's own parameters and buffers wherever it kept the module."""
+    modules = dict(student.named_modules())
+    for store, tensors in (("_parameters", teacher.named_parameters), ("_buffers", teacher.named_buffers)):
+        for name, tensor in tensors(remove_duplicate=False):
+            parent, _, leaf = name.rpartition(".")
+            if parent in modules:
+                getattr(modules[parent], store)[leaf] = tensor
+
+
+def register() -> None:
+    """Makes AutoConfig and AutoModelForCausalLM know hybrids."""
+    AutoConfig.register(SsmorphConfig.model_type, SsmorphConfig, exist_ok=True)
+    AutoModelForCausalLM.register(SsmorphConfig, SsmorphForCausalLM, exist_ok=True)
+
+
+def attention_shape(config: Any) -> AttentionShape:
+    """Head geometry of a teacher's config; refuses unsupported families by name."""
+    family_of(config.model_type)
+    return AttentionShape.of(config)

@@ -1,0 +1,45 @@
+"""Which layers become which mixer, and what that costs in parameters and bytes of cache. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import fail
+
+
+def resolve_layers(layers: str | tuple[int, ...], total: int) -> tuple[int, ...]:
+    """The layer indices a recipe's `student.layers` means for a model of `total` layers.
+
+    `uniform-K` spreads K converted layers evenly and keeps the first layer whenever K < total.
+
+    Raises:
+        ValueError: an index or a count out of range.
+    """
+    if layers == "all":
+        return tuple(range(total))
+    if isinstance(layers, str):
+        count = int(layers.removeprefix("uniform-"))
+        if not 0 <= count <= total:
+            raise fail("student.layers", f"a {total}-layer model has at most {total} layers to convert", layers, f"Use 'uniform-{total // 2}'.")
+        return tuple(sorted(total - 1 - (index * total) // count for index in range(count)))
+    for layer in layers:
+        if not 0 <= layer < total:
+            raise fail("student.layers", f"a layer must be in 0..{total - 1}", layer, f"The model has {total} layers.")
+    return tuple(sorted(layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """One layer: what it becomes, its mixer's parameters, and bytes of its cache per token and in all."""
+
+    layer: int
+    mixer: str
+    parameters: int
+    bytes_per_token: int
+    bytes_fixed: int
+
+
+def attention_parameters(hidden: int, heads: int, kv_heads: int, head_dim: int, qkv_bias: bool, out_bias: bool) -> int:
+    """Parameters of q, k, v and o."""
+    rows = (heads + 2 * kv_heads) * head_dim
+    return rows * (hidden + qkv_bias) + heads * head_dim * hidden + hidden * out_bias

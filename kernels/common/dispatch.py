@@ -1,0 +1,91 @@
+"""Which implementation of an operation runs: a table of names, imported only when chosen."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ssmorph.errors import fail, nearest
+
+ENVIRONMENT = "SSMORPH_BACKEND"
+Refusal = Callable[[torch.device], str | None]
+log = logging.getLogger(__name__)
+
+
+class Backends:
+    """The backends of one operation, the preferred one first.
+
+    A request is the caller's `backend` argument, or else the environment variable SSMORPH_BACKEND, which holds for
+    every operation. Without a request the first backend that does not refuse the device is taken.
+
+    Args:
+        op_name: the operation, as errors and the log name it.
+        targets: backend name -> 'module:function', imported at first use.
+        refuses: backend name -> a function that says why the backend cannot run on a device, or None where it can.
+            It is asked before the import, so it must not need the backend's own dependencies.
+    """
+
+    def __init__(self, op_name: str, targets: Mapping[str, str], refuses: Mapping[str, Refusal] | None = None) -> None:
+        self.op_name = op_name
+        self._targets = dict(targets)
+        self._refuses = dict(refuses or {})
+        self._logged: set[tuple[str, str]] = set()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The known names, the preferred one first."""
+        return tuple(self._targets)
+
+    def choose(self, requested: str | None, device: torch.device) -> str:
+        """The name of the backend to run on the device; logs each new choice once.
+
+        Raises:
+            ValueError: a requested name that is unknown or refuses the device, or no backend for the device.
+        """
+        where = f"{self.op_name}.backend" if requested else ENVIRONMENT
+        requested = requested or os.environ.get(ENVIRONMENT)
+        name = self._requested(where, requested, device) if requested else self._first(device)
+        if (name, device.type) not in self._logged:
+            self._logged.add((name, device.type))
+            log.info("%s: backend %s on %s", self.op_name, name, device.type)
+        return name
+
+    def load(self, requested: str | None, device: torch.device) -> Callable[..., Any]:
+        """The function of the chosen backend.
+
+        Raises:
+            ValueError: as `choose`, and a backend whose module needs a package that is not installed.
+        """
+        name = self.choose(requested, device)
+        module, function = self._targets[name].split(":")
+        try:
+            loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        except ModuleNotFoundError as error:
+            rule = f"backend {name!r} needs a package that is not installed"
+            raise fail(self.op_name, rule, error.name, "Install it or name another backend.") from error
+        return loaded
+
+    def _requested(self, where: str, name: str, device: torch.device) -> str:
+        if name not in self._targets:
+            raise fail(where, f"must name a backend of {self.op_name}", repr(name), nearest(name, self._targets))
+        reason = self._reason(name, device)
+        if reason is not None:
+            raise fail(
+                where, f"backend {name!r} must run on {device.type}", reason, "Leave it out to use the best one."
+            )
+        return name
+
+    def _first(self, device: torch.device) -> str:
+        reasons = {name: self._reason(name, device) for name in self._targets}
+        for name, reason in reasons.items():
+            if reason is None:
+                return name
+        raise fail(self.op_name, f"needs a backend for {device.type}", reasons, "Use another device.")
+
+    def _reason(self, name: str, device: torch.device) -> str | None:
+        return self._refuses[name](device) if name in self._refuses else None

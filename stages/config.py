@@ -1,0 +1,219 @@
+"""The recipe: one tree of frozen dataclasses, which is the YAML file, the command line and the saved config.yaml.
+
+Standard library only, so that a mistake in a recipe is answered before torch is imported. Rules that need the model
+(a layer out of range, a head count) are checked where the model is read: convert/plan.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import fail
+
+RUN_FORMAT = 1
+
+
+def _require(ok: bool, where: str, rule: str, got: object, do: str) -> None:
+    if not ok:
+        raise fail(where, rule, got, do)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The pretrained transformer: a local folder, a GGUF file, a hub id, or the alias `smollm2-135m`."""
+
+    source: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Which layers become which mixer. `layers` is a list of indices, `all`, or `uniform-K` (K of them, evenly spread)."""
+
+    mixer: Literal["mamba2", "discrete_mamba2"] = "mamba2"
+    layers: str | tuple[int, ...] = "uniform-15"
+    conv_kernel: int = 4
+
+    def __post_init__(self) -> None:
+        _require(2 <= self.conv_kernel <= 4, "student.conv_kernel", "must be 2, 3 or 4", self.conv_kernel, "Use 4.")
+        if isinstance(self.layers, str):
+            ok = self.layers == "all" or (self.layers.startswith("uniform-") and self.layers[8:].isdigit())
+            _require(ok, "student.layers", "must be a list of layers, 'all' or 'uniform-K'", repr(self.layers), "Use 'uniform-15'.")
+        else:
+            unique = len(set(self.layers)) == len(self.layers) and min(self.layers, default=0) >= 0
+            _require(unique, "student.layers", "layers are distinct and not negative", list(self.layers), "List each layer once.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text to train on. `sources`: `default` (text found in installed packages), files, folders, or `hub:NAME`."""
+
+    sources: tuple[str, ...] = ("default",)
+    window: int = 512
+    heldout_percent: float = 4.0
+    max_tokens: int | None = None
+    loss_on: Literal["all", "answers"] = "all"
+    text_field: str = "text"
+
+    def __post_init__(self) -> None:
+        _require(len(self.sources) > 0, "data.sources", "needs at least one source", "none", "Use [default].")
+        _require(self.window >= 8, "data.window", "must be at least 8 tokens", self.window, "Use 512.")
+        _require(0 < self.heldout_percent < 50, "data.heldout_percent", "must lie between 0 and 50", self.heldout_percent, "Use 4.")
+        _require(self.max_tokens is None or self.max_tokens > 0, "data.max_tokens", "must be positive", self.max_tokens, "Leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with a warm-up / stable / decay schedule. Rates are peaks; `rest_lr` 0 freezes all but the mixers."""
+
+    lr: float = 1e-3
+    rest_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_percent: float = 10.0
+    decay_percent: float = 10.0
+    final_lr_ratio: float = 0.0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "clip"):
+            _require(getattr(self, name) > 0, f"optim.{name}", "must be positive", getattr(self, name), "Use the default.")
+        for name in ("rest_lr", "weight_decay", "warmup_percent", "decay_percent", "final_lr_ratio"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", "must not be negative", getattr(self, name), "Use 0 or more.")
+        both = self.warmup_percent + self.decay_percent
+        _require(both <= 100, "optim", "warmup_percent + decay_percent must not exceed 100", both, "Shorten one of them.")
+        _require(all(0 <= b < 1 for b in self.betas), "optim.betas", "must lie in [0, 1)", self.betas, "Use [0.9, 0.95].")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurgeryStage:
+    """Copies q, k, v, o of the planned layers into mixers; trains nothing."""
+
+    kind: Literal["surgery"] = "surgery"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateStage:
+    """Closed-form initialisation from `tokens` tokens: decay, gate, convolution, output projection."""
+
+    kind: Literal["calibrate"] = "calibrate"
+    tokens: int = 24_576
+    ridge: float = 1e-2
+    decay: Literal["distance", "multiscale", "none"] = "distance"
+    tap_scale: float = 0.2
+    inputs: Literal["student", "teacher"] = "student"
+
+    def __post_init__(self) -> None:
+        _require(self.tokens > 0, "calibrate.tokens", "must be positive", self.tokens, "Use 24576.")
+        _require(self.ridge > 0, "calibrate.ridge", "must be positive", self.ridge, "Use 0.01.")
+        _require(0 < self.tap_scale <= 4, "calibrate.tap_scale", "must lie in (0, 4]", self.tap_scale, "Use 0.2.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStage:
+    """What the three gradient stages share. A step sees `batch` windows; the stage ends after `tokens` tokens."""
+
+    tokens: int = 65_536
+    batch: int = 2
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint_every: int = 50
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "checkpoint_every", "keep"):
+            value = getattr(self, name)
+            _require(value > 0, f"{type(self).__name__}.{name}", "must be positive", value, "Use 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingStage(TrainStage):
+    """MOHAWK's matrix orientation: each mixer's matrix towards the teacher's attention, on the teacher's inputs."""
+
+    kind: Literal["mixing"] = "mixing"
+    loss: Literal["frobenius", "cosine"] = "cosine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenStage(TrainStage):
+    """Hidden-state alignment on the teacher's inputs: the mixer's own output, or the whole block's."""
+
+    kind: Literal["hidden"] = "hidden"
+    target: Literal["mixer", "block"] = "mixer"
+    loss: Literal["l2", "mse"] = "l2"
+    resolve_output: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsStage(TrainStage):
+    """End-to-end distillation: the student's next-token distribution towards the teacher's."""
+
+    kind: Literal["logits"] = "logits"
+    loss: Literal["kl", "reverse_kl", "jsd"] = "kl"
+    temperature: float = 1.0
+    jsd_beta: float = 0.5
+    ce_weight: float = 0.0
+    layer_weight: float = 0.0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        TrainStage.__post_init__(self)
+        _require(self.temperature > 0, "logits.temperature", "must be positive", self.temperature, "Use 1.")
+        _require(0 < self.jsd_beta < 1, "logits.jsd_beta", "must lie in (0, 1)", self.jsd_beta, "Use 0.5.")
+        for name in ("ce_weight", "layer_weight"):
+            _require(getattr(self, name) >= 0, f"logits.{name}", "must not be negative", getattr(self, name), "Use 0.")
+
+
+Stage = SurgeryStage | CalibrateStage | MixingStage | HiddenStage | LogitsStage
+STAGES: dict[str, type] = {"surgery": SurgeryStage, "calibrate": CalibrateStage, "mixing": MixingStage,
+                           "hidden": HiddenStage, "logits": LogitsStage}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How much the closing evaluation measures; `short` is what the demo runs."""
+
+    suite: Literal["none", "short", "full"] = "short"
+    tokens: int = 16_384
+    controls: bool = True
+
+
+def default_stages() -> tuple[Stage, ...]:
+    """The order of METHOD: copy, calibrate, align the matrices, align the outputs, distil end to end."""
+    return (SurgeryStage(), CalibrateStage(), MixingStage(), HiddenStage(), LogitsStage())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run: teacher, plan, data, the list of stages, evaluation."""
+
+    teacher: TeacherConfig
+    run_dir: str
+    student: StudentConfig = field(default_factory=StudentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stages: tuple[Stage, ...] = field(default_factory=default_stages)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    seed: int = 0
+    threads: int | None = None
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    device: str = "cpu"
+    run_format: int = RUN_FORMAT
+
+    def __post_init__(self) -> None:
+        kinds = [stage.kind for stage in self.stages]
+        _require(kinds[:1] == ["surgery"], "stages", "the first stage is surgery", kinds, "Put {kind: surgery} first.")
+        _require(kinds.count("surgery") == 1, "stages", "surgery comes once", kinds, "Remove the second.")
+        _require(self.threads is None or self.threads > 0, "threads", "must be positive", self.threads, "Leave it out.")
+        _require(self.run_format == RUN_FORMAT, "run_format", f"this version writes and reads format {RUN_FORMAT}",
+                 self.run_format, "Convert with the version that made the run.")  # fmt: skip
+
+    def stage_names(self) -> list[str]:
+        """Folder names of the stages: index-kind, as the recipe lists them."""
+        return [f"{index}-{stage.kind}" for index, stage in enumerate(self.stages)]
+
+
+def as_dict(config: object) -> dict:
+    """The tree as plain lists, dicts and scalars: what config.yaml holds."""
+    return dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})  # type: ignore[call-overload]

@@ -1,0 +1,63 @@
+"""Choosing a backend: the argument, then the environment, then the first that does not refuse the device."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from ssmorph.kernels.common.dispatch import ENVIRONMENT, Backends
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+
+
+def table() -> Backends:
+    return Backends(
+        "root",
+        {"gpu": "absent_package:root", "fast": "math:sqrt", "slow": "cmath:sqrt", "broken": "absent_package:root"},
+        refuses={"gpu": lambda device: None if device.type == "cuda" else "it needs CUDA"},
+    )
+
+
+def test_takes_the_first_backend_that_runs_on_the_device() -> None:
+    assert table().choose(None, CPU) == "fast"
+    assert table().choose(None, torch.device("cuda")) == "gpu"
+    assert table().load(None, CPU)(9.0) == 3.0
+
+
+def test_the_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, "slow")
+    assert table().choose(None, CPU) == "slow"
+    assert table().choose("fast", CPU) == "fast"
+    assert table().load(None, CPU)(-1.0) == 1j
+
+
+def test_unknown_names_are_errors_that_name_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"root\.backend: .*'fats'.*'fast'"):
+        table().choose("fats", CPU)
+    monkeypatch.setenv(ENVIRONMENT, "fats")
+    with pytest.raises(ValueError, match=f"{ENVIRONMENT}: .*'fats'"):
+        table().choose(None, CPU)
+
+
+def test_a_request_that_cannot_run_is_an_error_and_never_replaced() -> None:
+    with pytest.raises(ValueError, match="it needs CUDA"):
+        table().choose("gpu", CPU)
+    with pytest.raises(ValueError, match="absent_package"):
+        table().load("broken", CPU)
+    with pytest.raises(ValueError, match="needs a backend for cpu"):
+        Backends("root", {"gpu": "absent:root"}, refuses={"gpu": lambda device: "it needs CUDA"}).choose(None, CPU)
+
+
+def test_logs_each_choice_once(caplog: pytest.LogCaptureFixture) -> None:
+    backends = table()
+    with caplog.at_level(logging.INFO):
+        for requested in (None, None, "slow", "fast"):
+            backends.choose(requested, CPU)
+    assert caplog.messages == ["root: backend fast on cpu", "root: backend slow on cpu"]
