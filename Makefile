@@ -50,7 +50,7 @@ clean:
 .venv/ready-python:
 	@python="$(PYTHON)"; \
 	if [ -z "$$python" ]; then echo "make: no Python >= 3.11 with venv; install one, or set PYTHON." >&2; exit 1; fi; \
-	echo "Making .venv with $$($$python --version): about 0.4 GB to download for the demo, 0.4 GB more for the tests."; \
+	echo "Making .venv with $$($$python --version). With a CPU build of torch, 0.5 GB to download for the demo, 0.4 GB more for the tests."; \
 	if ! $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
 		echo "This is not Python 3.11: pip may choose a CUDA build of torch, several GB more."; \
 		echo "To use another: make clean, then make PYTHON=/path/to/python3.11"; \

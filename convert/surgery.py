@@ -90,6 +90,10 @@ def set_decay(mixer: Mixer, distance_H: Tensor, dt_H: Tensor | None = None) -> N
         return
     assert isinstance(mixer, Mamba2Mixer)
     dt_H = torch.ones_like(distance_H) if dt_H is None else dt_H
-    # softplus^-1(dt), exact for large dt too
-    mixer.dt_bias.copy_(dt_H + torch.log(-torch.expm1(-dt_H)))
+    mixer.dt_bias.copy_(inverse_softplus(dt_H))
     mixer.A_log.copy_(torch.log1p(1 / distance_H).log() - dt_H.log())
+
+
+def inverse_softplus(value: Tensor) -> Tensor:
+    """x with log(1 + e^x) = value, without overflow for large values."""
+    return value + torch.log(-torch.expm1(-value))

@@ -100,16 +100,12 @@ class CalibrateStage:
     """Closed-form initialisation from `tokens` tokens: decay, gate, convolution, output projection."""
 
     kind: Literal["calibrate"] = "calibrate"
-    tokens: int = 24_576
-    ridge: float = 1e-2
-    decay: Literal["distance", "multiscale", "none"] = "distance"
-    tap_scale: float = 0.2
+    tokens: int = 16_384
+    decay: Literal["output", "distance"] = "output"
     inputs: Literal["student", "teacher"] = "student"
 
     def __post_init__(self) -> None:
-        _require(self.tokens > 0, "calibrate.tokens", "must be positive", self.tokens, "Use 24576.")
-        _require(self.ridge > 0, "calibrate.ridge", "must be positive", self.ridge, "Use 0.01.")
-        _require(0 < self.tap_scale <= 4, "calibrate.tap_scale", "must lie in (0, 4]", self.tap_scale, "Use 0.2.")
+        _require(self.tokens > 0, "calibrate.tokens", "must be positive", self.tokens, "Use 16384.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +139,6 @@ class HiddenStage(TrainStage):
     kind: Literal["hidden"] = "hidden"
     target: Literal["mixer", "block"] = "mixer"
     loss: Literal["l2", "mse"] = "l2"
-    resolve_output: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +171,7 @@ class EvaluateConfig:
     """How much the closing evaluation measures; `short` is what the demo runs."""
 
     suite: Literal["none", "short", "full"] = "short"
-    tokens: int = 16_384
+    tokens: int = 6_144
     controls: bool = True
 
 
@@ -205,6 +200,9 @@ class RunConfig:
         kinds = [stage.kind for stage in self.stages]
         _require(kinds[:1] == ["surgery"], "stages", "the first stage is surgery", kinds, "Put {kind: surgery} first.")
         _require(kinds.count("surgery") == 1, "stages", "surgery comes once", kinds, "Remove the second.")
+        frobenius = any(isinstance(s, MixingStage) and s.loss == "frobenius" for s in self.stages)
+        _require(not (frobenius and self.student.mixer == "mamba2"), "stages.mixing.loss",
+                 "frobenius needs a mixer without a norm, whose matrix has a scale", "mamba2", "Use cosine.")  # fmt: skip
         _require(self.threads is None or self.threads > 0, "threads", "must be positive", self.threads, "Leave it out.")
         _require(self.run_format == RUN_FORMAT, "run_format", f"this version writes and reads format {RUN_FORMAT}",
                  self.run_format, "Convert with the version that made the run.")  # fmt: skip

@@ -45,3 +45,8 @@ class Mamba2Mixer(Mixer):
 
     def _finish(self, y_BLE: Tensor, gate_BLE: Tensor) -> Tensor:
         return gated_group_norm(y_BLE, gate_BLE, self.norm.weight, groups=self.shape.groups, eps=self.shape.eps)
+
+    def gated(self, hidden_BLD: Tensor) -> Tensor:
+        """The scan's output times silu(z), before the norm; [B, L, E]."""
+        gate, channels, dt = self._split(self.in_proj(hidden_BLD))
+        return self._scan(channels, dt, None, None, None).flatten(-2) * F.silu(gate)

@@ -54,8 +54,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 @pytest.fixture(scope="module")
 def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target]
-    subprocess.run([*pip, built.wheel], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    subprocess.run([*pip, str(built.wheel)], check=True)
     return target
 
 
@@ -91,6 +91,7 @@ def test_wheel_carries_licence_and_command(built: Built) -> None:
     assert f"def {function}(" in source.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_imports_every_module(installed: Path, tmp_path: Path) -> None:
     names = sorted(name.removesuffix(".__init__") for name in modules() if not name.endswith(("__main__", ".triton")))
     code = (
@@ -100,6 +101,6 @@ def test_an_installed_wheel_imports_every_module(installed: Path, tmp_path: Path
         "assert not strays, strays\n"
     )
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    command = [sys.executable, "-c", code, installed, *names]
+    command = [sys.executable, "-c", code, str(installed), *names]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

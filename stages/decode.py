@@ -1,0 +1,61 @@
+"""Decode speed and cache bytes at a context length, with a cache filled synthetically (its content changes no timing)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from ssmorph.convert.cache import MixerCacheLayer
+from ssmorph.convert.families import AttentionShape
+from ssmorph.convert.mixers import Mixer
+
+
+@torch.no_grad()
+def decode_speed(model: Any, context: int, steps: int = 8) -> dict[str, float]:
+    """Tokens per second of one-token steps after `context` tokens, batch 1, and the cache's bytes."""
+    cache = filled_cache(model, context)
+    token = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    model(token, past_key_values=cache, use_cache=True)
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        model(token, past_key_values=cache, use_cache=True)
+        times.append(time.perf_counter() - start)
+    # the fastest step: a busy machine only ever adds time
+    return {"context": context, "tokens_per_second": 1 / min(times), "cache_bytes": float(measure_bytes(cache))}
+
+
+def filled_cache(model: Any, context: int) -> DynamicCache:
+    """A cache as it is after `context` tokens: random keys, values and states of the right sizes."""
+    config = model.config.get_text_config()
+    shape = AttentionShape.of(config)
+    mixers: dict[int, Mixer] = model.mixers() if hasattr(model, "mixers") else {}
+    cache = DynamicCache(config=config)
+    generator = torch.Generator().manual_seed(0)
+    for index in range(config.num_hidden_layers):
+        if index in mixers:
+            s = mixers[index].shape
+            layer = MixerCacheLayer()
+            conv = torch.zeros(1, s.conv_kernel - 1, s.conv_channels, dtype=model.dtype)
+            layer.store(conv.to(model.device), torch.zeros(1, s.heads, s.head_dim, s.state).to(model.device), context)
+            cache.layers[index] = layer
+        else:
+            size = (1, shape.kv_heads, context, shape.head_dim)
+            keys, values = (torch.randn(size, generator=generator, dtype=model.dtype).to(model.device) for _ in range(2))
+            cache.update(keys, values, index)
+    return cache
+
+
+def measure_bytes(cache: DynamicCache) -> int:
+    """Bytes of all tensors in the cache."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, MixerCacheLayer):
+            tensors = [layer.conv_states[0], layer.recurrent_states[0]]
+        else:
+            tensors = [layer.keys, layer.values]
+        total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return total

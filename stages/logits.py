@@ -1,0 +1,74 @@
+"""End-to-end distillation: the student's next-token distribution towards the teacher's [MOHAWK, stage 3; MaTVLM, eq. 7]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmorph.kernels.distill import distill_loss
+
+from .config import LogitsStage
+from .context import Context
+from .hidden import alignment_loss
+from .loop import Trained, train
+
+
+def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
+    """Runs or resumes the stage on `ctx.student`. No [tokens, vocabulary] tensor is held for both models."""
+    student, teacher = ctx.student, ctx.teacher
+    if stage.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+        student.train()
+
+    def step(tokens_BL: Tensor) -> dict[int, float]:
+        with _outputs(ctx, teacher, stage.layer_weight > 0) as taught, torch.no_grad():
+            taught_TD = teacher.base_model(tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        with _outputs(ctx, student, stage.layer_weight > 0) as own:
+            own_TD = student.base_model(tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        loss = distill_loss(
+            own_TD, student.get_output_embeddings().weight, taught_TD, teacher.get_output_embeddings().weight,
+            loss=stage.loss, temperature=stage.temperature, beta=stage.jsd_beta,
+            labels_T=tokens_BL[:, 1:].flatten() if stage.ce_weight else None, ce_weight=stage.ce_weight,
+        )  # fmt: skip
+        if stage.layer_weight:
+            loss = loss + stage.layer_weight * _layer_term(own, taught)
+        loss.backward()
+        return {-1: float(loss)}
+
+    try:
+        return train(ctx, index, stage, step)
+    finally:
+        if stage.gradient_checkpointing:
+            student.gradient_checkpointing_disable()
+            student.eval()
+
+
+def _layer_term(own: dict[int, Tensor], taught: dict[int, Tensor]) -> Tensor:
+    terms = [alignment_loss(own[i], taught[i], "l2") for i in own]
+    return torch.stack(terms).mean()
+
+
+class _outputs:
+    """Hooks that leave the converted blocks' outputs, taken before the final norm, in a dict while open."""
+
+    def __init__(self, ctx: Context, model: Any, wanted: bool) -> None:
+        self.blocks = ctx.spec.decoder_layers(model)
+        self.layers = sorted(ctx.student.mixers()) if wanted else []
+        self.seen: dict[int, Tensor] = {}
+
+    def __enter__(self) -> dict[int, Tensor]:
+        self.handles = [self.blocks[i].register_forward_hook(self._keep(i)) for i in self.layers]
+        return self.seen
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _keep(self, index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+            self.seen[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
