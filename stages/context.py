@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,8 @@ class Context:
     stop: StopFlag
     say: Callable[[str], None]
     tracker: Any
-    step_seconds: dict[str, float] = field(default_factory=dict)
+    tokenizer: Any = None
+
 
     def device(self) -> torch.device:
         """Where both models live."""

@@ -1,0 +1,176 @@
+"""The command line: few verbs, each a thin layer over the function of the same name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from . import __doc__ as summary
+from . import verbs
+from .errors import UserError
+
+Target = tyro.conf.Positional
+
+
+def convert(
+    recipe: Target[str],
+    overrides: Target[tuple[str, ...]] = (),
+    run_dir: str | None = None,
+    until: str | None = None,
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None,
+    quiet: bool = False,
+) -> None:
+    """Run a recipe, or resume it: the same command again continues where it stopped.
+
+    Args:
+        recipe: a YAML recipe.
+        overrides: changes such as stages.logits.optim.lr=1e-4.
+        run_dir: where to write, instead of the recipe's run_dir.
+        until: stop after this stage.
+        from_: run this stage and all after it again.
+        quiet: print only the result.
+    """
+    say = (lambda text: None) if quiet else _line
+    path = verbs.convert(recipe, *overrides, run_dir=run_dir, until=until, start=from_, say=say)
+    if (path / "report.json").is_file() and until is None:
+        _print_report(json.loads((path / "report.json").read_text()))
+        _curves(path)
+
+
+def plan(target: Target[str], overrides: Target[tuple[str, ...]] = (), as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Show what a conversion would do and cost, before anything is trained.
+
+    Args:
+        target: a recipe, or a model: folder, GGUF file, hub id or alias.
+        overrides: changes such as student.layers=all.
+        as_json: print JSON.
+    """
+    result = verbs.plan(target, *overrides)
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    from .stages.planning import print_plan
+
+    print_plan(result)
+
+
+def status(run: Target[str]) -> None:
+    """Show how far each stage of a run is.
+
+    Args:
+        run: a run directory.
+    """
+    result = verbs.status(run)
+    for row in result["stages"]:
+        step = "" if row["step"] is None else f" (checkpoint at step {row['step']})"
+        print(f"{row['stage']:16} {row['state']}{step}")
+    print(f"final: {'yes' if result['final'] else 'no'}, report: {'yes' if result['report'] else 'no'}")
+
+
+def evaluate(run: Target[str], suite: Literal["short", "full"] = "full", tokens: int | None = None) -> None:
+    """Measure a finished run beside its teacher and the untrained controls.
+
+    Args:
+        run: a run directory.
+        suite: short is what the demo prints; full adds long windows, retrieval over distance and 16k decoding.
+        tokens: held-out tokens, instead of the recipe's number.
+    """
+    _print_report(verbs.evaluate_run(run, suite, tokens, _line))
+
+
+def generate(model: Target[str], prompt: Target[str], max_new_tokens: int = 64, temperature: float = 0.0, chat: bool = False) -> None:
+    """Continue a prompt with a converted hybrid.
+
+    Args:
+        model: a run directory, its final folder, or a hub id.
+        prompt: the text to continue.
+        max_new_tokens: how many tokens at most.
+        temperature: 0 is greedy.
+        chat: use the model's chat template.
+    """
+    print(verbs.generate(model, prompt, max_new_tokens, temperature, chat))
+
+
+def data_pack(out: Target[str], sources: Target[tuple[str, ...]] = ("default",), teacher: str = "smollm2-135m") -> None:
+    """Tokenise and pack text into memory-mapped shards.
+
+    Args:
+        out: folder to write.
+        sources: 'default', files, folders or hub:NAME.
+        teacher: whose tokenizer.
+    """
+    print(json.dumps(verbs.pack(out, teacher, *sources, say=_line), indent=1))
+
+
+def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Show what this machine has: packages that really import, kernels that would run, and the thread policy.
+
+    Args:
+        as_json: print JSON.
+    """
+    result = verbs.doctor()
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    for section, rows in result.items():
+        print(f"{section}:")
+        for name, value in rows.items():
+            print(f"  {name}: {value}")
+
+
+def _line(text: str) -> None:
+    print(text, flush=True)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from .stages.report import print_report
+
+    print_report(report, Console(width=None if sys.stdout.isatty() else 110))
+
+
+def _curves(path: Any) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        print("loss curves: not drawn, matplotlib is missing (pip install 'ssmorph[report]')")
+        return
+    if (path / "metrics.jsonl").is_file():
+        from .stages.report import draw_losses
+
+        for file in draw_losses(path / "metrics.jsonl", path):
+            print(f"loss curve: {file}")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command; returns its exit code."""
+    app = tyro.extras.SubcommandApp()
+    commands: dict[str, Callable[..., None]] = {
+        "convert": convert, "plan": plan, "status": status, "eval": evaluate, "generate": generate,
+        "data-pack": data_pack, "doctor": doctor,
+    }  # fmt: skip
+    for name, function in commands.items():
+        app.command(function, name=name)
+    # `ssmorph data pack` reads better than a hyphen
+    words = list(arguments)
+    if words[:2] == ["data", "pack"]:
+        words[:2] = ["data-pack"]
+    try:
+        app.cli(args=words, prog="ssmorph", description=summary.splitlines()[0])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"stopped by {error}; the same command resumes", file=sys.stderr)
+        return int(code)
+    return 0

@@ -1,0 +1,144 @@
+"""The verbs of the command line as functions. Heavy imports happen inside, after what can be checked without them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import fail
+
+
+def convert(
+    recipe: str | Path,
+    *overrides: str,
+    run_dir: str | None = None,
+    until: str | None = None,
+    start: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Runs or resumes a recipe; returns the run directory.
+
+    Args:
+        overrides: dotted changes such as `stages.logits.optim.lr=1e-4`.
+        until: stop after this stage.
+        start: run this stage and what follows again.
+
+    Raises:
+        ValueError: a mistake in recipe, teacher, data or disk.
+    """
+    from .stages.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides, **({"run_dir": run_dir} if run_dir else {}))
+    from .stages import pipeline
+
+    return pipeline.convert(config, until=until, start=start, say=say)
+
+
+def plan(target: str, *overrides: str) -> dict[str, Any]:
+    """What converting a model or recipe would do: layers, parameters, bytes, crossover, cost. Reads no weights.
+
+    Args:
+        target: a recipe file, or a model as `teacher.source` takes it.
+    """
+    from .stages.config import RunConfig, TeacherConfig
+    from .stages.recipe import load_recipe
+
+    if target.endswith((".yaml", ".yml")):
+        config = load_recipe(target, overrides)
+    else:
+        config = RunConfig(teacher=TeacherConfig(source=target), run_dir="runs/plan")
+        config = _uniform_half(config)
+    from .stages.planning import plan_of
+
+    return plan_of(config)
+
+
+def _uniform_half(config: Any) -> Any:
+    import dataclasses
+
+    from .convert.teachers import load_config
+
+    total = load_config(config.teacher.source).num_hidden_layers
+    student = dataclasses.replace(config.student, layers=f"uniform-{total // 2}")
+    return dataclasses.replace(config, student=student)
+
+
+def status(run_dir: str | Path) -> dict[str, Any]:
+    """How far each stage of a run is. Reads files only."""
+    import yaml
+
+    from .stages.checkpoint_names import newest_step
+    from .stages.recipe import from_dict
+
+    folder = Path(run_dir)
+    if not (folder / "config.yaml").is_file():
+        raise fail("status", "must be a run directory", str(run_dir), "Point to the folder with config.yaml.")
+    config = from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    stages = []
+    for name in config.stage_names():
+        done = folder / name / "DONE"
+        state = "done" if done.exists() else "started" if (folder / name).is_dir() else "waiting"
+        row: dict[str, Any] = {"stage": name, "state": state, "step": newest_step(folder / name)}
+        if done.exists():
+            row["summary"] = json.loads(done.read_text())["summary"]
+        stages.append(row)
+    return {"run": str(folder), "stages": stages, "final": (folder / "final").is_dir(), "report": (folder / "report.json").is_file()}
+
+
+def evaluate_run(run_dir: str | Path, suite: str = "full", tokens: int | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measures a finished run with a suite, beside its teacher and controls; writes report-SUITE.json into the run."""
+    from .stages.reevaluate import reevaluate
+
+    return reevaluate(Path(run_dir), suite, tokens, say)
+
+
+def generate(folder: str | Path, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, chat: bool = False) -> str:
+    """Text that a converted hybrid continues a prompt with; greedy where temperature is 0.
+
+    Args:
+        folder: a run directory, its final/, or a hub id.
+        chat: put the prompt through the tokenizer's chat template.
+    """
+    path = Path(folder) / "final" if (Path(folder) / "final").is_dir() else folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from . import hf  # noqa: F401  registers the classes
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise fail("generate", "must be a folder or hub id with a model", f"{folder}: {first}", "Point to a run's final/.") from error
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def pack(out: str | Path, teacher: str, *sources: str, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Tokenises and packs text into memory-mapped shards, for inspection or for use by several runs."""
+    from transformers import AutoTokenizer
+
+    from .convert.teachers import resolve
+    from .stages.config import DataConfig
+    from .stages.data import open_or_pack
+
+    config = DataConfig(sources=sources or ("default",))
+    packed = open_or_pack(config, AutoTokenizer.from_pretrained(resolve(teacher)), Path(out), say)
+    return {"folder": str(out), "train_tokens": packed.train_tokens, "sources": packed.provenance}
+
+
+def doctor() -> dict[str, Any]:
+    """What imports here, which kernel would run where, and how many threads are fastest."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from .stages.doctor import examine
+
+    return examine()

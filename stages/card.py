@@ -1,0 +1,39 @@
+"""The model card of a converted hybrid: recipe, data, tokens, results, limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import RunConfig, TrainStage
+from .data import PackedData
+from .recipe import dump
+from .report import NAMES, verdict
+from .rundir import RunDir
+
+
+def model_card(config: RunConfig, report: dict[str, Any] | None, data: PackedData, run: RunDir) -> str:
+    """Markdown for final/README.md."""
+    trained = sum(stage.tokens for stage in config.stages if isinstance(stage, TrainStage))
+    plan = run.read_json("plan.json")
+    lines = [
+        "---", "library_name: transformers", "tags: [ssmorph, mamba2, hybrid]", "---",
+        f"# {config.teacher.source} as a Mamba-2 hybrid", "",
+        f"Converted by ssmorph: layers {plan['layers']} are `{plan['mixer']}`, the others keep their attention.",
+        f"Trained on {trained} tokens in windows of {config.data.window}, seed {config.seed}.", "",
+        "```python", "import ssmorph.hf", "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'model = AutoModelForCausalLM.from_pretrained("this folder")', "```", "", "## Data", "",
+    ]  # fmt: skip
+    lines += [f"- {p['source']}: {p['documents']} documents, {p['bytes']} bytes, {p['licence']}" for p in data.provenance]
+    lines += ["", "## Results", ""]
+    for text in report["text"] if report else []:
+        base = text["models"]["teacher"]["perplexity"]
+        lines += [f"{text['set']}, windows of {text['window']} tokens:", "", "| model | perplexity | x teacher | KL | top-1 |", "|---|---|---|---|---|"]
+        for name, row in text["models"].items():
+            numbers = f"{row['perplexity']:.2f} | {row['perplexity'] / base:.2f} | {row['kl']:.3f} | {row['top1']:.3f}"
+            lines.append(f"| {NAMES[name]} | {numbers} |")
+        lines.append("")
+    lines += verdict(report) if report else ["Not evaluated."]
+    lines += ["", "## Limits", "", "A recurrent state cannot be cropped: assisted generation and static caches are refused. Batched prompts",
+              "are padded on the left. Right-padded prompts are not supported when generation continues from the cache.",
+              "", "## Recipe", "", "```yaml", dump(config).strip(), "```", ""]  # fmt: skip
+    return "\n".join(lines)

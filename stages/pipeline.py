@@ -1,0 +1,192 @@
+"""Runs a recipe: its stages in order over a run directory, then the evaluation. The same call again resumes.
+
+A finished stage is never run again; a stage that was interrupted continues from its newest checkpoint. What a stage
+hands on is an artifact whose hash the next one records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssmorph.convert.families import AttentionShape, family_of
+from ssmorph.convert.plan import resolve_layers
+from ssmorph.convert.teachers import load_config, load_teacher
+
+from .. import __version__
+from ..errors import fail
+from .artifact import copied_student, load_student, save_student
+from .calibrate import run_calibrate
+from .card import model_card
+from .config import RunConfig, as_dict
+from .context import Context, stop_signals
+from .data import PackedData, open_or_pack
+from .evaluate import evaluate, suite_named
+from .hidden import run_hidden
+from .logits import run_logits
+from .mixing import run_mixing
+from .recipe import changed_stages, diff, dump, from_dict
+from .rundir import RunDir, atomic_folder, atomic_write
+from .threads import choose_threads
+from .tracking import make_tracker
+
+def convert(config: RunConfig, *, until: str | None = None, start: str | None = None, say: Callable[[str], None] = print) -> Path:
+    """Runs or resumes `config`; returns the run directory.
+
+    Args:
+        until: stop after the stage of this kind or folder name.
+        start: run this stage and all after it again, forgetting what they wrote.
+
+    Raises:
+        ValueError: a mistake in the recipe, the teacher, the data or the disk; nothing saved is lost.
+        Interrupted: SIGTERM or Ctrl-C; the same command resumes.
+    """
+    names = config.stage_names()
+    last = _stage_named(names, until) if until else len(names) - 1
+    shape = AttentionShape.of(load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code))
+    layers = resolve_layers(config.student.layers, shape.layers)
+    with RunDir(config.run_dir) as run, stop_signals() as stop:
+        _agree(run, config)
+        if start:
+            _forget(run, names[_stage_named(names, start) :])
+        _environment(run, config)
+        run.write_json("plan.json", {"layers": list(layers), "mixer": config.student.mixer})
+        log = _logger(run, say)
+        ctx = _prepare(config, run, stop, log)
+        try:
+            _run_stages(ctx, layers, last)
+            if last == len(names) - 1:
+                _finish(ctx)
+        finally:
+            ctx.tracker.finish()
+    return Path(config.run_dir)
+
+
+def _stage_named(names: list[str], wanted: str) -> int:
+    found = [i for i, name in enumerate(names) if wanted in (name, name.split("-", 1)[1])]
+    if len(found) != 1:
+        raise fail("stage", "must name one stage of the recipe", repr(wanted), f"The recipe's stages: {', '.join(names)}.")
+    return found[0]
+
+
+def _agree(run: RunDir, config: RunConfig) -> None:
+    """Refuses a recipe that differs from the run's in something that a started stage depends on."""
+    saved = run.path / "config.yaml"
+    if saved.exists():
+        import yaml
+
+        old = from_dict(yaml.safe_load(saved.read_text()))
+        frontier = max((i for i, name in enumerate(old.stage_names()) if run.started(name)), default=-1)
+        changed = changed_stages(old, config) - {"evaluate"}
+        if frontier >= 0 and any(not isinstance(c, int) or c <= frontier for c in changed):
+            lines = "; ".join(diff(old, config))
+            raise fail("run_dir", "the recipe of a started run does not change", lines, "Use another run_dir, or delete the changed stage's folder.")
+    atomic_write(saved, dump(config))
+
+
+def _forget(run: RunDir, names: list[str]) -> None:
+    import shutil
+
+    for name in names:
+        shutil.rmtree(run.path / name, ignore_errors=True)
+        run.truncate_metrics(name, 0)
+
+
+def _environment(run: RunDir, config: RunConfig) -> None:
+    """Fixes the thread count for the life of the run, since results depend on it bit for bit."""
+    saved = run.read_json("env.json") or {}
+    threads = saved.get("threads") or config.threads or choose_threads()
+    torch.set_num_threads(threads)
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers")}
+    run.write_json("env.json", {"threads": threads, "python": platform.python_version(), "machine": platform.machine(),
+                                "cpus": os.cpu_count(), "ssmorph": __version__, **versions})  # fmt: skip
+
+
+def _logger(run: RunDir, say: Callable[[str], None]) -> Callable[[str], None]:
+    def log(text: str) -> None:
+        say(text)
+        with (run.path / "log.txt").open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    return log
+
+
+def _prepare(config: RunConfig, run: RunDir, stop: Any, log: Callable[[str], None]) -> Context:
+    t = config.teacher
+    teacher, tokenizer = load_teacher(t.source, t.revision, t.trust_remote_code, config.device)
+    data = open_or_pack(config.data, tokenizer, run.path / "data", log)
+    tracker = make_tracker(config.tracker, run.path, as_dict(config))
+    teacher.requires_grad_(False)
+    ctx = Context(config=config, run=run, teacher=teacher, student=None, spec=family_of(teacher.config.model_type),
+                  data=data, stop=stop, say=log, tracker=tracker, tokenizer=tokenizer)  # fmt: skip
+
+    return ctx
+
+
+def _run_stages(ctx: Context, layers: tuple[int, ...], last: int) -> None:
+    source = ""
+    rest_trained = False
+    trains_rest = any(getattr(s, "optim", None) is not None and s.optim.rest_lr > 0 for s in ctx.config.stages)
+    pending: Path | None = None
+    for index, name in enumerate(ctx.config.stage_names()[: last + 1]):
+        stage = ctx.config.stages[index]
+        rest_trained = rest_trained or bool(getattr(stage, "optim", None) and stage.optim.rest_lr > 0)
+        folder = ctx.run.stage_dir(name)
+        done = ctx.run.done(name)
+        if done is not None:
+            if done["source"] != source:
+                raise fail(str(folder), "must be made from the stage before it", "another artifact", f"Run again with --from {name}.")
+            source, pending = done["artifact"], folder / "student"
+            continue
+        if pending is not None and ctx.student is None:
+            ctx.student = load_student(pending, ctx.teacher, trains_rest)
+        ctx.say(f"{name}: starting")
+        ctx.run.write_json(f"{name}/config.json", as_dict(stage))
+        summary = _run_stage(ctx, index, stage, layers, trains_rest)
+        with atomic_folder(folder / "student") as partial:
+            save_student(partial, ctx.student, rest_trained)
+        source = ctx.run.mark_done(name, source, summary)
+        pending = folder / "student"
+        ctx.stop.check()
+    if ctx.student is None and pending is not None:
+        ctx.student = load_student(pending, ctx.teacher, trains_rest)
+
+
+def _run_stage(ctx: Context, index: int, stage: Any, layers: tuple[int, ...], own_rest: bool) -> dict[str, Any]:
+    if stage.kind == "surgery":
+        c = ctx.config
+        ctx.student = copied_student(ctx.teacher, ctx.spec, layers, c.student.mixer, c.student.conv_kernel, c.seed, own_rest)
+        return {"layers": list(layers)}
+    if stage.kind == "calibrate":
+        return {"fits": [dataclasses.asdict(fit) for fit in run_calibrate(ctx, index, stage)]}
+    run = {"mixing": run_mixing, "hidden": run_hidden, "logits": run_logits}[stage.kind]
+    return dataclasses.asdict(run(ctx, index, stage))
+
+
+def _finish(ctx: Context) -> None:
+    """Evaluates and writes final/, the folder that from_pretrained loads."""
+    config, run = ctx.config, ctx.run
+    ctx.student.requires_grad_(False)
+    report = run.read_json("report.json")
+    wanted = as_dict(config.evaluate)
+    artifact = run.done(config.stage_names()[-1])
+    assert artifact is not None
+    stamp = {"artifact": artifact["artifact"], "evaluate": wanted}
+    if config.evaluate.suite != "none" and (report is None or report.get("stamp") != stamp):
+        suite = suite_named(config.evaluate.suite, config.evaluate.tokens, config.data.window)
+        report = evaluate(ctx.teacher, ctx.student, ctx.spec, ctx.data, ctx.tokenizer, suite,
+                          controls=config.evaluate.controls, seed=config.seed, say=ctx.say)  # fmt: skip
+        run.write_json("report.json", {"stamp": stamp, **report})
+    with atomic_folder(run.path / "final") as partial:
+        ctx.student.save_pretrained(partial)
+        ctx.tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(model_card(config, report, ctx.data, run))
+    ctx.say(f"done: {run.path / 'final'}")

@@ -1,0 +1,107 @@
+"""What a conversion would do and cost, from the recipe and the teacher's config: no weights are read.
+
+Time is estimated from a matrix product measured here and the floating-point operations of each stage.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ssmorph.convert.families import AttentionShape, family_of
+from ssmorph.convert.plan import attention_parameters, cache_bytes, kv_bytes_per_token, mixer_parameters, resolve_layers
+from ssmorph.convert.surgery import faithful_shape
+from ssmorph.convert.teachers import load_config
+
+from .config import CalibrateStage, RunConfig, TrainStage
+
+FLOAT32 = 4
+
+
+def plan_of(config: RunConfig) -> dict[str, Any]:
+    """Layer table, parameters, bytes of cache, crossover length, time and memory; plain numbers.
+
+    Raises:
+        ValueError: an unsupported family, head counts that do not divide, a layer out of range.
+    """
+    teacher = load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
+    attention = AttentionShape.of(teacher)
+    layers = resolve_layers(config.student.layers, attention.layers)
+    shape = faithful_shape(attention, config.student.conv_kernel)
+    kept = attention_parameters(attention.hidden, attention.heads, attention.kv_heads, attention.head_dim, attention.qkv_bias, attention.out_bias)
+    made = mixer_parameters(config.student.mixer, shape)
+    per_token, fixed = kv_bytes_per_token(attention, FLOAT32), cache_bytes(shape, FLOAT32)
+    table = [
+        {"layer": i, "becomes": config.student.mixer if i in layers else "attention (kept)", "parameters": made if i in layers else kept,
+         "cache_bytes_per_token": 0 if i in layers else per_token, "cache_bytes_fixed": fixed if i in layers else 0}
+        for i in range(attention.layers)
+    ]  # fmt: skip
+    spec = family_of(teacher.model_type)
+    return {
+        "teacher": config.teacher.source,
+        "family": teacher.model_type,
+        "layers": table,
+        "converted": list(layers),
+        "parameters_added": len(layers) * (made - kept),
+        "smaller_from_tokens": math.ceil(fixed / per_token),
+        "keeps": ["MLPs, norms, embeddings and their tying", "q/k/v biases, exactly, as the convolution's bias"],
+        "loses": ["RoPE in converted layers", "the softmax in converted layers"],
+        "stock_export_fits": spec.stock_export if config.student.mixer == "mamba2" else None,
+        "estimate": _estimate(config, teacher, attention, len(layers), made, kept),
+    }
+
+
+def _estimate(config: RunConfig, teacher: Any, attention: AttentionShape, converted: int, made: int, kept: int) -> dict[str, Any]:
+    width = attention.hidden
+    mlp = 3 * width * getattr(teacher, "intermediate_size", 4 * width)
+    body = attention.layers * (kept + mlp)
+    head = teacher.vocab_size * width
+    flops = {"calibrate": 4.5 * body, "mixing": 2 * body + 6 * converted * made, "hidden": 2 * body + 6 * converted * made,
+             "logits": 8 * body + 8 * head}  # fmt: skip
+    speed = _matmul_speed()
+    stages = {}
+    for name, stage in zip(config.stage_names(), config.stages, strict=True):
+        tokens = stage.tokens if isinstance(stage, (CalibrateStage, TrainStage)) else 0
+        stages[name] = {"tokens": tokens, "minutes": round(tokens * flops.get(stage.kind, 0) / speed / 60, 1)}
+    parameters = body + head + converted * (made - kept)
+    trained = converted * made
+    memory = FLOAT32 * (2 * body + head + 4 * trained) + FLOAT32 * config.data.window * 2 * (body // max(1, 8 * width))
+    return {"stages": stages, "minutes": round(sum(s["minutes"] for s in stages.values()), 1), "matmul_gflops": round(speed / 1e9, 1),
+            "parameters": parameters, "memory_gib": round(memory / 2**30, 1)}  # fmt: skip
+
+
+def _matmul_speed() -> float:
+    """Floating-point operations per second of a matrix product of this model's kind, with torch's current threads."""
+    a, b = torch.randn(1024, 576), torch.randn(576, 1536)
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    # the rest of a layer runs slower than its products
+    return 0.6 * 2 * a.numel() * b.shape[1] / best
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """The plan as a table on the terminal."""
+    console = Console()
+    table = Table(title=f"{plan['teacher']} ({plan['family']}), cache in float32")
+    for column in ("layer", "becomes", "parameters", "cache per token", "cache fixed"):
+        table.add_column(column, justify="left" if column == "becomes" else "right")
+    for row in plan["layers"]:
+        cells = [str(row["layer"]), row["becomes"], f"{row['parameters']:,}", f"{row['cache_bytes_per_token']:,} B"]
+        table.add_row(*cells, f"{row['cache_bytes_fixed']:,} B")
+    console.print(table)
+    console.print(f"{len(plan['converted'])} layers converted, {plan['parameters_added']:+,} parameters.")
+    console.print(f"From {plan['smaller_from_tokens']} tokens of context on, a converted layer's cache is the smaller one.")
+    console.print(f"Keeps: {'; '.join(plan['keeps'])}. Loses: {'; '.join(plan['loses'])}.")
+    console.print(f"Stock architecture it would fit: {plan['stock_export_fits'] or 'none'} (export itself is not built yet).")
+    estimate = plan["estimate"]
+    for name, stage in estimate["stages"].items():
+        console.print(f"  {name:14} {stage['tokens']:>9,} tokens  about {stage['minutes']} min here")
+    console.print(f"About {estimate['minutes']} min and {estimate['memory_gib']} GiB here ({estimate['matmul_gflops']} GFLOP/s measured).")
