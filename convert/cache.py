@@ -30,13 +30,15 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.conv_states[0], self.recurrent_states[0] = conv_BKC, state_BHPN
         self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
         self.has_previous_state[0] = True
-        self.device, self.dtype = state_BHPN.device, state_BHPN.dtype
+        self.device, self.dtype = state_BHPN.device, state_BHPN.dtype  # type: ignore[assignment]
         self.seen += tokens
 
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
         """Nothing to do: `store` sets both states."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Refused: a converted layer has no keys and values."""
         raise AssertionError("a converted layer was asked to store keys and values")
 
@@ -59,7 +61,9 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raises ValueError: a recurrent state cannot forget its last tokens."""
-        raise fail("cache.crop", "a recurrent state cannot be cropped", tokens_to_remove, "Keep a copy of the cache instead.")
+        raise fail(
+            "cache.crop", "a recurrent state cannot be cropped", tokens_to_remove, "Keep a copy of the cache instead."
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times."""
@@ -87,10 +91,16 @@ def cache_layer(cache: Cache | None, index: int) -> MixerCacheLayer | None:
     while len(layers) <= index:
         layers.append(DynamicLayer())
     if isinstance(layers[index], StaticLayer):
-        raise fail("generate.cache_implementation", "converted layers need the dynamic cache", "static", "Leave cache_implementation out.")
-    if not isinstance(layers[index], MixerCacheLayer):
-        layers[index] = MixerCacheLayer()
-    return layers[index]
+        raise fail(
+            "generate.cache_implementation",
+            "converted layers need the dynamic cache",
+            "static",
+            "Leave cache_implementation out.",
+        )
+    layer = layers[index]
+    if not isinstance(layer, MixerCacheLayer):
+        layers[index] = layer = MixerCacheLayer()
+    return layer
 
 
 def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -23,7 +23,7 @@ from .linearise import fill_norm, open_gate, shrink_taps
 from .mixers import Mixer
 from .mixers.mamba2 import Mamba2Mixer
 from .moments import Moments
-from .surgery import conv_rows, set_decay
+from .surgery import conv_bias, conv_rows, set_decay
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # share of the windows that choose the ridge and decide whether the fit is accepted
@@ -94,7 +94,13 @@ class _Layer:
     """The fit of one converted layer."""
 
     def __init__(
-        self, teacher: nn.Module, student: Any, spec: FamilySpec, index: int, kwargs: dict[str, Any], options: CalibrationOptions
+        self,
+        teacher: nn.Module,
+        student: Any,
+        spec: FamilySpec,
+        index: int,
+        kwargs: dict[str, Any],
+        options: CalibrationOptions,
     ) -> None:
         self.teacher, self.spec, self.index, self.kwargs, self.options = teacher, spec, index, kwargs, options
         self.teacher_layer = spec.decoder_layers(teacher)[index]
@@ -150,7 +156,9 @@ class _Layer:
         few = max(1, HEAD_TOKENS // inputs[0][..., 0].numel())
         u_BLD = torch.cat(inputs[:few])
         heads_BLHP = torch.cat([c.heads_BLE for c in calls[:few]]).unflatten(-1, (shape.heads, -1))
-        constants, head = _place_heads(mixer, u_BLD, heads_BLHP, self._distance.solve() if self.options.decay == "distance" else None)
+        constants, head = _place_heads(
+            mixer, u_BLD, heads_BLHP, self._distance.solve() if self.options.decay == "distance" else None
+        )
         dt_H, D_H = None, head.delta_H
         if isinstance(mixer, Mamba2Mixer):
             open_gate(mixer, inputs)
@@ -174,7 +182,7 @@ def _place_heads(mixer: Mixer, u_BLD: Tensor, heads_BLHP: Tensor, distance_H: Te
 
     The identity tap is 1 here, as surgery left it. Returns the constant channels' indices and the fit.
     """
-    shape, rows, bias = mixer.shape, conv_rows(mixer), mixer.conv1d.bias
+    shape, rows, bias = mixer.shape, conv_rows(mixer), conv_bias(mixer)
     mixer.conv1d.weight[:, 0, -1] = 1
     state = shape.groups * shape.state
     x, B, C = F.linear(u_BLD, rows, bias).split([shape.inner, state, state], dim=-1)

@@ -30,7 +30,7 @@ class Attended(NamedTuple):
 
 
 class MixerCall(NamedTuple):
-    """One call of a layer's attention: input and output [B, L, D], the heads' outputs [B, L, H*P], and q and k if asked for."""
+    """One call of a layer's attention: what enters, what reaches its output projection, what leaves; q and k if asked."""
 
     input_BLD: Tensor
     heads_BLE: Tensor
@@ -43,13 +43,15 @@ class _Stop(Exception):
 
 
 def layer_kwargs(model: nn.Module, spec: FamilySpec, tokens_BL: Tensor) -> list[dict[str, Any]]:
-    """The keyword arguments every decoder layer gets for windows of this shape (masks, RoPE), hidden states left out."""
+    """The keyword arguments every decoder layer gets for windows of this shape: masks, RoPE, no hidden states."""
     layers = spec.decoder_layers(model)
     seen: list[dict[str, Any]] = [{} for _ in layers]
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
-            seen[index] = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
+            seen[index] = {
+                k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")
+            }
 
         return hook
 
@@ -112,7 +114,11 @@ def captured(model: nn.Module, spec: FamilySpec, layers: list[int], attention: b
     handles = [mixer.register_forward_hook(keep(i), with_kwargs=True) for i, mixer in mixers.items()]
     handles += [m.get_submodule(spec.out).register_forward_pre_hook(keep_heads(i)) for i, m in mixers.items()]
     try:
-        with _attention_tap(model, {id(m): i for i, m in mixers.items()}, attended) if attention else contextlib.nullcontext():
+        with (
+            _attention_tap(model, {id(m): i for i, m in mixers.items()}, attended)
+            if attention
+            else contextlib.nullcontext()
+        ):
             yield calls
     finally:
         for handle in handles:
@@ -120,8 +126,8 @@ def captured(model: nn.Module, spec: FamilySpec, layers: list[int], attention: b
 
 
 @contextlib.contextmanager
-def _attention_tap(model: nn.Module, wanted: dict[int, int], store: dict[int, Attended]) -> Iterator[None]:
-    config = model.config  # type: ignore[union-attr]
+def _attention_tap(model: Any, wanted: dict[int, int], store: dict[int, Attended]) -> Iterator[None]:
+    config = model.config
     before = config._attn_implementation
     inner = ALL_ATTENTION_FUNCTIONS[before] if before in ALL_ATTENTION_FUNCTIONS else ALL_ATTENTION_FUNCTIONS["sdpa"]
 

@@ -1,8 +1,8 @@
-"""Closed forms for one attention layer's heads: which decay, how much of q.k, of a plain average, and of the token itself.
+"""Closed forms for one layer's heads: which decay, how much of q.k, of a plain average, and of the token itself.
 
 A head's softmax is positive and mostly diffuse, the raw product q.k is neither: to first order exp(q.k) = 1 + q.k, so a
 copied head lacks the 1. Here one of the N state channels is made constant to carry it, the one whose loss changes q.k
-least in a basis that balances both sides; then, for every decay of a grid, the head's output is regressed on three scans:
+least in a basis that balances both sides. For each decay of a grid the head's output is regressed on three scans:
 
     o_t ~ gamma sum_s a^(t-s) (q_t.k_s) v_s  +  beta sum_s a^(t-s) v_s  +  delta v_t
 
@@ -46,10 +46,14 @@ def balanced_basis(q_THN: Tensor, k_THN: Tensor) -> tuple[Tensor, Tensor]:
     return shrink * (vh @ root_k.transpose(-1, -2)), shrink * (u.transpose(-1, -2) @ root_q.transpose(-1, -2))
 
 
-def fit_heads(q_BLHN: Tensor, k_BLHN: Tensor, v_BLHP: Tensor, o_BLHP: Tensor, distances: Tensor | None = None) -> HeadFit:
+def fit_heads(
+    q_BLHN: Tensor, k_BLHN: Tensor, v_BLHP: Tensor, o_BLHP: Tensor, distances: Tensor | None = None
+) -> HeadFit:
     """The best three weights and decay of every head; `distances` [H] fixes the decays instead of searching them."""
     heads = v_BLHP.shape[2]
-    grid = [torch.full((heads,), d, dtype=torch.float64) for d in DISTANCES] if distances is None else [distances.double()]
+    grid = (
+        [torch.full((heads,), d, dtype=torch.float64) for d in DISTANCES] if distances is None else [distances.double()]
+    )
     fits = [_fit_decay(d_H, q_BLHN, k_BLHN, v_BLHP, o_BLHP) for d_H in grid]
     stacked = HeadFit(*(torch.stack(part) for part in zip(*fits, strict=True)))
     best_H = stacked.error_H.argmin(0)
@@ -66,4 +70,5 @@ def _fit_decay(distance_H: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -
     weights_HR = torch.linalg.solve(gram_HRR + torch.diag_embed(ridge), cross_HR)
     total_H = o.double().square().sum((0, 1, 3)).clamp_min(1e-30)
     error_H = 1 - (weights_HR * cross_HR).sum(-1) / total_H
-    return HeadFit(distance_H.to(error_H), *weights_HR.unbind(-1), error_H)
+    gamma_H, beta_H, delta_H = weights_HR.unbind(-1)
+    return HeadFit(distance_H.to(error_H), gamma_H, beta_H, delta_H, error_H)

@@ -1,7 +1,7 @@
 """The hybrid as a transformers model: the teacher's own class with some self-attentions replaced by mixers.
 
-No decoder is written here. `hybrid_class` derives from the teacher's class, so generation, masks, gradient checkpointing
-and weight names are the teacher's; the config nests the teacher's config whole and keeps the plan under its own key.
+No decoder is written here. `hybrid_class` derives from the teacher's class, so generation, masks, checkpointing and
+weight names are the teacher's; the config nests the teacher's config whole and keeps the plan under its own key.
 The model type is always ours: saved under the teacher's, a hybrid would reload with random attention.
 """
 
@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import fail
 from .families import AttentionShape, family_of
-from .mixers import Mixer, MixerShape, mixer_class
+from .mixers import Mixer, MixerShape, make_mixer
+from .mixers.mamba2 import GatedNorm
 
 
 class SsmorphConfig(PreTrainedConfig):
@@ -77,7 +78,9 @@ class SsmorphForCausalLM(PreTrainedModel):
         return super().__new__(hybrid_class(config) if cls is SsmorphForCausalLM else cls)
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
         """As transformers' from_pretrained; only safetensors are read."""
         if not isinstance(config, SsmorphConfig):
             keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -105,7 +108,12 @@ def hybrid_class(config: SsmorphConfig) -> type[SsmorphForCausalLM]:
 def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausalLM]:
     def __init__(self: Any, config: SsmorphConfig, *args: Any, **kwargs: Any) -> None:
         if not isinstance(config, SsmorphConfig):
-            raise fail("SsmorphForCausalLM", "is built from a SsmorphConfig", type(config).__name__, "Use convert or from_pretrained.")
+            raise fail(
+                "SsmorphForCausalLM",
+                "is built from a SsmorphConfig",
+                type(config).__name__,
+                "Use convert or from_pretrained.",
+            )
         # the nested config has to agree with what from_pretrained decided for the outer one
         if getattr(config, "_attn_implementation_internal", None) and not isinstance(config._attn_implementation, dict):
             config.text_config._attn_implementation = config._attn_implementation
@@ -114,7 +122,7 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
         spec = family_of(config.text_config.model_type)
         layers = spec.decoder_layers(self)
         for index, (kind, shape) in config.layers().items():
-            setattr(layers[index], spec.mixer, mixer_class(kind)(shape, index))
+            setattr(layers[index], spec.mixer, make_mixer(kind, shape, index))
 
     @torch.no_grad()
     def _init_weights(self: Any, module: nn.Module) -> None:
@@ -122,10 +130,15 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
         if isinstance(module, Mixer):
             for name, parameter in module.named_parameters(recurse=False):
                 (init.ones_ if name == "D" else init.zeros_)(parameter)
-        if type(module).__name__ == "GatedNorm":
+        if isinstance(module, GatedNorm):
             init.ones_(module.weight)
 
-    body = {"__init__": __init__, "_init_weights": _init_weights, "__module__": __name__, "teacher_class": teacher_class}
+    body = {
+        "__init__": __init__,
+        "_init_weights": _init_weights,
+        "__module__": __name__,
+        "teacher_class": teacher_class,
+    }
     return type("SsmorphForCausalLM", (SsmorphForCausalLM, teacher_class), body)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import TYPE_CHECKING
 
 from ..errors import fail
@@ -26,7 +25,12 @@ def resolve_layers(layers: str | tuple[int, ...], total: int) -> tuple[int, ...]
     if isinstance(layers, str):
         count = int(layers.removeprefix("uniform-"))
         if not 0 <= count <= total:
-            raise fail("student.layers", f"a {total}-layer model has at most {total} layers to convert", layers, f"Use 'uniform-{total // 2}'.")
+            raise fail(
+                "student.layers",
+                f"a {total}-layer model has at most {total} layers to convert",
+                layers,
+                f"Use 'uniform-{total // 2}'.",
+            )
         return tuple(sorted(total - 1 - (index * total) // count for index in range(count)))
     for layer in layers:
         if not 0 <= layer < total:

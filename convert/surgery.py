@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .families import AttentionShape
-from .mixers import Mixer, MixerShape, mixer_class
-from .mixers.discrete_mamba2 import GATE_OPEN, DiscreteMamba2Mixer
+from .families import AttentionShape, FamilySpec
+from .mixers import Mixer, MixerShape, make_mixer
+from .mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from .mixers.mamba2 import Mamba2Mixer
 
 # a decay of 1/64 per token: a neutral memory for the plain copy, before the teacher's own distances are known
@@ -39,20 +39,22 @@ def expand_kv(weight: Tensor, attention: AttentionShape) -> Tensor:
 
 
 @torch.no_grad()
-def copy_attention(attention: nn.Module, shape: AttentionShape, kind: str, layer: int, conv_kernel: int = 4) -> Mixer:
+def copy_attention(
+    attention: nn.Module, spec: FamilySpec, shape: AttentionShape, kind: str, layer: int, conv_kernel: int = 4
+) -> Mixer:
     """A mixer that starts as the attention layer's copy, in the attention's dtype and on its device."""
-    query, key, value, out = (attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    query, key, value, out = (_linear(attention, name) for name in (spec.query, spec.key, spec.value, spec.out))
     device, dtype = query.weight.device, query.weight.dtype
-    mixer = mixer_class(kind)(faithful_shape(shape, conv_kernel), layer).to(device=device, dtype=dtype)
+    mixer = make_mixer(kind, faithful_shape(shape, conv_kernel), layer).to(device=device, dtype=dtype)
     if isinstance(mixer, DiscreteMamba2Mixer):
         gate_rows(mixer).zero_()
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1
-    mixer.conv1d.bias.zero_()
+    conv_bias(mixer).zero_()
     rows = torch.cat([expand_kv(value.weight, shape), expand_kv(key.weight, shape), query.weight])
     conv_rows(mixer).copy_(rows)
     if query.bias is not None:
-        mixer.conv1d.bias.copy_(torch.cat([expand_kv(value.bias, shape), expand_kv(key.bias, shape), query.bias]))
+        conv_bias(mixer).copy_(torch.cat([expand_kv(value.bias, shape), expand_kv(key.bias, shape), query.bias]))
     mixer.out_proj.weight.copy_(out.weight)
     if out.bias is not None:
         mixer.out_proj.bias.copy_(out.bias)
@@ -61,8 +63,20 @@ def copy_attention(attention: nn.Module, shape: AttentionShape, kind: str, layer
         # with an identity convolution the scale may simply scale Q
         queries = slice(mixer.shape.conv_channels - mixer.shape.groups * mixer.shape.state, mixer.shape.conv_channels)
         mixer.conv1d.weight[queries] *= shape.scale
-        mixer.conv1d.bias[queries] *= shape.scale
+        conv_bias(mixer)[queries] *= shape.scale
     return mixer
+
+
+def _linear(attention: nn.Module, name: str) -> nn.Linear:
+    linear = attention.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def conv_bias(mixer: Mixer) -> Tensor:
+    """The convolution's bias, which every mixer has."""
+    assert mixer.conv1d.bias is not None
+    return mixer.conv1d.bias
 
 
 def conv_rows(mixer: Mixer) -> Tensor:

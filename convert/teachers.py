@@ -47,10 +47,17 @@ def resolve(source: str, revision: str | None = None) -> str:
         return str(_dequantised(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise fail("teacher.source", "a model folder holds config.json", source, "Point to the folder with the weights.")
+            raise fail(
+                "teacher.source", "a model folder holds config.json", source, "Point to the folder with the weights."
+            )
         return str(path)
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1:
-        raise fail("teacher.source", "must be a folder, a .gguf file, a hub id or an alias", repr(source), nearest(source, [*ALIASES, ALIAS]))
+        raise fail(
+            "teacher.source",
+            "must be a folder, a .gguf file, a hub id or an alias",
+            repr(source),
+            nearest(source, [*ALIASES, ALIAS]),
+        )
     return source
 
 
@@ -60,7 +67,9 @@ def _package_gguf(alias: str) -> Path:
     folder = Path(found.origin).parent if found and found.origin else None
     files = sorted(folder.glob("*.gguf")) if folder else []
     if not files:
-        raise fail("teacher.source", f"'{alias}' is read from the package {package}", "no such package", f"Run: {install}")
+        raise fail(
+            "teacher.source", f"'{alias}' is read from the package {package}", "no such package", f"Run: {install}"
+        )
     return files[0]
 
 
@@ -73,16 +82,28 @@ def _dequantised(gguf: Path) -> Path:
         return target
     for name in ("gguf", "accelerate"):
         if find_spec(name) is None:
-            raise fail("teacher.source", f"a GGUF file needs the package {name}", "not installed", 'Run: pip install "ssmorph[gguf]"')
+            raise fail(
+                "teacher.source",
+                f"a GGUF file needs the package {name}",
+                "not installed",
+                'Run: pip install "ssmorph[gguf]"',
+            )
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     def write(folder: Path) -> None:
         try:
             quantization: Any = GgufConfig(dequantize=True)
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, quantization_config=quantization)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, quantization_config=quantization
+            )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except (OSError, ValueError, KeyError) as error:
-            raise fail("teacher.source", "must be a whole GGUF file of a supported model", f"{gguf}: {error}", "Fetch it again.") from error
+            raise fail(
+                "teacher.source",
+                "must be a whole GGUF file of a supported model",
+                f"{gguf}: {error}",
+                "Fetch it again.",
+            ) from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -117,12 +138,19 @@ def load_config(source: str, revision: str | None = None, trust_remote_code: boo
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise fail("teacher.source", "transformers must be able to read the config", f"{source}: {_first_line(error)}", "Check the name.") from error
+        raise fail(
+            "teacher.source",
+            "transformers must be able to read the config",
+            f"{source}: {_first_line(error)}",
+            "Check the name.",
+        ) from error
     family_of(config.model_type)
     return config
 
 
-def load_teacher(source: str, revision: str | None = None, trust_remote_code: bool = False, device: str = "cpu") -> tuple[Any, Any]:
+def load_teacher(
+    source: str, revision: str | None = None, trust_remote_code: bool = False, device: str = "cpu"
+) -> tuple[Any, Any]:
     """(model in float32 and eval mode, tokenizer).
 
     Raises:
@@ -135,22 +163,38 @@ def load_teacher(source: str, revision: str | None = None, trust_remote_code: bo
     folder = resolve(source)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="float32", use_safetensors=True, output_loading_info=True, **options
         )
+        model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise fail("teacher.source", "the weights must be whole and fit the config", f"{source}: {_first_line(error)}", "Fetch them again.") from error
+        raise fail(
+            "teacher.source",
+            "the weights must be whole and fit the config",
+            f"{source}: {_first_line(error)}",
+            "Fetch them again.",
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise fail("teacher.source", "the weights must be complete", f"{len(missing)} missing, first {missing[0]}", "Fetch them again.")
+        raise fail(
+            "teacher.source",
+            "the weights must be complete",
+            f"{len(missing)} missing, first {missing[0]}",
+            "Fetch them again.",
+        )
     _check_tokenizer(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
 
 def _check_tokenizer(model: Any, tokenizer: Any) -> None:
     if len(tokenizer) > model.config.vocab_size:
-        raise fail("teacher.tokenizer", f"must fit the model's {model.config.vocab_size} embeddings", len(tokenizer), "Use the model's own tokenizer.")
+        raise fail(
+            "teacher.tokenizer",
+            f"must fit the model's {model.config.vocab_size} embeddings",
+            len(tokenizer),
+            "Use the model's own tokenizer.",
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a stage hands to the next: the student's trained tensors and the sizes of its mixers. Kept weights stay the teacher's."""
+"""What a stage hands to the next: trained tensors and the mixers' sizes. Kept weights stay the teacher's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ssmorph.convert.families import AttentionShape, FamilySpec
-from ssmorph.convert.mixers import Mixer, MixerShape, mixer_class
+from ssmorph.convert.mixers import Mixer, MixerShape, make_mixer
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import copy_attention
 
@@ -44,24 +44,30 @@ def load_student(folder: Path, teacher: Any, own_rest: bool) -> Any:
         saved = json.loads((folder / SIZES).read_text())
         tensors = load_file(folder / TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise fail(str(folder), "must hold a whole student", error, "Delete the stage's folder to run it again.") from error
-    mixers = {int(i): mixer_class(m["kind"])(MixerShape(**m["shape"]), int(i)) for i, m in saved["converted"].items()}
+        raise fail(
+            str(folder), "must hold a whole student", error, "Delete the stage's folder to run it again."
+        ) from error
+    mixers = {int(i): make_mixer(m["kind"], MixerShape(**m["shape"]), int(i)) for i, m in saved["converted"].items()}
     student = assemble(teacher, mixers, own_rest or saved["rest"])
     parameters = dict(student.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name not in parameters or parameters[name].shape != tensor.shape:
-                raise fail(str(folder / TENSORS), "must fit this teacher", name, "Use the teacher the run was made with.")
+                raise fail(
+                    str(folder / TENSORS), "must fit this teacher", name, "Use the teacher the run was made with."
+                )
             parameters[name].copy_(tensor)
     return student
 
 
-def copied_student(teacher: Any, spec: FamilySpec, layers: tuple[int, ...], kind: str, conv_kernel: int, seed: int, own_rest: bool) -> Any:
-    """Surgery: the teacher with copied mixers in `layers`. The seed draws what attention has no counterpart for (the stock gate)."""
+def copied_student(
+    teacher: Any, spec: FamilySpec, layers: tuple[int, ...], kind: str, conv_kernel: int, seed: int, own_rest: bool
+) -> Any:
+    """Surgery: the teacher with copied mixers in `layers`. The seed draws the stock gate, which attention has not."""
     shape = AttentionShape.of(teacher.config)
     blocks = spec.decoder_layers(teacher)
     torch.manual_seed(seed)
-    mixers = {i: copy_attention(blocks[i].get_submodule(spec.mixer), shape, kind, i, conv_kernel) for i in layers}
+    mixers = {i: copy_attention(blocks[i].get_submodule(spec.mixer), spec, shape, kind, i, conv_kernel) for i in layers}
     return assemble(teacher, mixers, own_rest)
 
 

@@ -25,7 +25,9 @@ def run_calibrate(ctx: Context, index: int, stage: CalibrateStage) -> list[Layer
         fits.append(fit)
         left = (time.monotonic() - started) / len(fits) * (total - len(fits))
         kept = "" if fit.accepted else ", not better than the copy: copy kept"
-        ctx.say(f"calibrate: layer {fit.layer} error {fit.error:.3f} (copy {fit.error_copy:.3g}){kept}, {left:.0f} s left")
+        ctx.say(
+            f"calibrate: layer {fit.layer} error {fit.error:.3f} (copy {fit.error_copy:.3g}){kept}, {left:.0f} s left"
+        )
         ctx.stop.check()
 
     options = CalibrationOptions(decay=stage.decay, inputs=stage.inputs)

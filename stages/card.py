@@ -10,6 +10,9 @@ from .recipe import dump
 from .report import NAMES, verdict
 from .rundir import RunDir
 
+LIMITS = """A recurrent state cannot be cropped: assisted generation and static caches are refused. Batched prompts are
+padded on the left; generation cannot continue from a right-padded prompt."""
+
 
 def model_card(config: RunConfig, report: dict[str, Any] | None, data: PackedData, run: RunDir) -> str:
     """Markdown for final/README.md."""
@@ -23,17 +26,22 @@ def model_card(config: RunConfig, report: dict[str, Any] | None, data: PackedDat
         "```python", "import ssmorph.hf", "from transformers import AutoModelForCausalLM, AutoTokenizer",
         'model = AutoModelForCausalLM.from_pretrained("this folder")', "```", "", "## Data", "",
     ]  # fmt: skip
-    lines += [f"- {p['source']}: {p['documents']} documents, {p['bytes']} bytes, {p['licence']}" for p in data.provenance]
+    lines += [
+        f"- {p['source']}: {p['documents']} documents, {p['bytes']} bytes, {p['licence']}" for p in data.provenance
+    ]
     lines += ["", "## Results", ""]
     for text in report["text"] if report else []:
         base = text["models"]["teacher"]["perplexity"]
-        lines += [f"{text['set']}, windows of {text['window']} tokens:", "", "| model | perplexity | x teacher | KL | top-1 |", "|---|---|---|---|---|"]
+        lines += [
+            f"{text['set']}, windows of {text['window']} tokens:",
+            "",
+            "| model | perplexity | x teacher | KL | top-1 |",
+            "|---|---|---|---|---|",
+        ]
         for name, row in text["models"].items():
             numbers = f"{row['perplexity']:.2f} | {row['perplexity'] / base:.2f} | {row['kl']:.3f} | {row['top1']:.3f}"
             lines.append(f"| {NAMES[name]} | {numbers} |")
         lines.append("")
     lines += verdict(report) if report else ["Not evaluated."]
-    lines += ["", "## Limits", "", "A recurrent state cannot be cropped: assisted generation and static caches are refused. Batched prompts",
-              "are padded on the left. Right-padded prompts are not supported when generation continues from the cache.",
-              "", "## Recipe", "", "```yaml", dump(config).strip(), "```", ""]  # fmt: skip
+    lines += ["", "## Limits", "", LIMITS, "", "## Recipe", "", "```yaml", dump(config).strip(), "```", ""]
     return "\n".join(lines)

@@ -31,7 +31,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Which layers become which mixer. `layers` is a list of indices, `all`, or `uniform-K` (K of them, evenly spread)."""
+    """Which layers become which mixer; `layers`: a list of indices, `all`, or `uniform-K`: K of them, evenly spread."""
 
     mixer: Literal["mamba2", "discrete_mamba2"] = "mamba2"
     layers: str | tuple[int, ...] = "uniform-15"
@@ -41,10 +41,22 @@ class StudentConfig:
         _require(2 <= self.conv_kernel <= 4, "student.conv_kernel", "must be 2, 3 or 4", self.conv_kernel, "Use 4.")
         if isinstance(self.layers, str):
             ok = self.layers == "all" or (self.layers.startswith("uniform-") and self.layers[8:].isdigit())
-            _require(ok, "student.layers", "must be a list of layers, 'all' or 'uniform-K'", repr(self.layers), "Use 'uniform-15'.")
+            _require(
+                ok,
+                "student.layers",
+                "must be a list of layers, 'all' or 'uniform-K'",
+                repr(self.layers),
+                "Use 'uniform-15'.",
+            )
         else:
             unique = len(set(self.layers)) == len(self.layers) and min(self.layers, default=0) >= 0
-            _require(unique, "student.layers", "layers are distinct and not negative", list(self.layers), "List each layer once.")
+            _require(
+                unique,
+                "student.layers",
+                "layers are distinct and not negative",
+                list(self.layers),
+                "List each layer once.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +73,20 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(len(self.sources) > 0, "data.sources", "needs at least one source", "none", "Use [default].")
         _require(self.window >= 8, "data.window", "must be at least 8 tokens", self.window, "Use 512.")
-        _require(0 < self.heldout_percent < 50, "data.heldout_percent", "must lie between 0 and 50", self.heldout_percent, "Use 4.")
-        _require(self.max_tokens is None or self.max_tokens > 0, "data.max_tokens", "must be positive", self.max_tokens, "Leave it out.")
+        _require(
+            0 < self.heldout_percent < 50,
+            "data.heldout_percent",
+            "must lie between 0 and 50",
+            self.heldout_percent,
+            "Use 4.",
+        )
+        _require(
+            self.max_tokens is None or self.max_tokens > 0,
+            "data.max_tokens",
+            "must be positive",
+            self.max_tokens,
+            "Leave it out.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +104,20 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "clip"):
-            _require(getattr(self, name) > 0, f"optim.{name}", "must be positive", getattr(self, name), "Use the default.")
+            _require(
+                getattr(self, name) > 0, f"optim.{name}", "must be positive", getattr(self, name), "Use the default."
+            )
         for name in ("rest_lr", "weight_decay", "warmup_percent", "decay_percent", "final_lr_ratio"):
-            _require(getattr(self, name) >= 0, f"optim.{name}", "must not be negative", getattr(self, name), "Use 0 or more.")
+            _require(
+                getattr(self, name) >= 0, f"optim.{name}", "must not be negative", getattr(self, name), "Use 0 or more."
+            )
         both = self.warmup_percent + self.decay_percent
-        _require(both <= 100, "optim", "warmup_percent + decay_percent must not exceed 100", both, "Shorten one of them.")
-        _require(all(0 <= b < 1 for b in self.betas), "optim.betas", "must lie in [0, 1)", self.betas, "Use [0.9, 0.95].")
+        _require(
+            both <= 100, "optim", "warmup_percent + decay_percent must not exceed 100", both, "Shorten one of them."
+        )
+        _require(
+            all(0 <= b < 1 for b in self.betas), "optim.betas", "must lie in [0, 1)", self.betas, "Use [0.9, 0.95]."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +234,7 @@ class RunConfig:
         _require(kinds.count("surgery") == 1, "stages", "surgery comes once", kinds, "Remove the second.")
         frobenius = any(isinstance(s, MixingStage) and s.loss == "frobenius" for s in self.stages)
         _require(not (frobenius and self.student.mixer == "mamba2"), "stages.mixing.loss",
-                 "frobenius needs a mixer without a norm, whose matrix has a scale", "mamba2", "Use cosine.")  # fmt: skip
+                 "frobenius needs a mixer without a norm", "mamba2", "Use cosine.")  # fmt: skip
         _require(self.threads is None or self.threads > 0, "threads", "must be positive", self.threads, "Leave it out.")
         _require(self.run_format == RUN_FORMAT, "run_format", f"this version writes and reads format {RUN_FORMAT}",
                  self.run_format, "Convert with the version that made the run.")  # fmt: skip
@@ -214,4 +246,6 @@ class RunConfig:
 
 def as_dict(config: object) -> dict:
     """The tree as plain lists, dicts and scalars: what config.yaml holds."""
-    return dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})  # type: ignore[call-overload]
+    return dataclasses.asdict(
+        config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
+    )  # type: ignore[call-overload]

@@ -44,13 +44,13 @@ class StopFlag:
 def stop_signals() -> Iterator[StopFlag]:
     """While open, SIGTERM and SIGINT set the flag; a second one of the same kind acts at once."""
     flag = StopFlag()
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def handle(signum: int, _frame: FrameType | None) -> None:
         flag.signum = signum
         signal.signal(signum, previous[signum])
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (int(signal.SIGTERM), int(signal.SIGINT)):
         previous[signum] = signal.getsignal(signum)
         with contextlib.suppress(ValueError):  # not the main thread: there the host program owns its signals
             signal.signal(signum, handle)
@@ -76,7 +76,6 @@ class Context:
     say: Callable[[str], None]
     tracker: Any
     tokenizer: Any = None
-
 
     def device(self) -> torch.device:
         """Where both models live."""

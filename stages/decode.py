@@ -1,4 +1,4 @@
-"""Decode speed and cache bytes at a context length, with a cache filled synthetically (its content changes no timing)."""
+"""Decode speed and cache bytes at a context length, with a synthetic cache: its content changes no timing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from ssmorph.convert.cache import MixerCacheLayer
 from ssmorph.convert.families import AttentionShape
@@ -44,7 +45,9 @@ def filled_cache(model: Any, context: int) -> DynamicCache:
             cache.layers[index] = layer
         else:
             size = (1, shape.kv_heads, context, shape.head_dim)
-            keys, values = (torch.randn(size, generator=generator, dtype=model.dtype).to(model.device) for _ in range(2))
+            keys, values = (
+                torch.randn(size, generator=generator, dtype=model.dtype).to(model.device) for _ in range(2)
+            )
             cache.update(keys, values, index)
     return cache
 
@@ -56,6 +59,7 @@ def measure_bytes(cache: DynamicCache) -> int:
         if isinstance(layer, MixerCacheLayer):
             tensors = [layer.conv_states[0], layer.recurrent_states[0]]
         else:
+            assert isinstance(layer, CacheLayerMixin)
             tensors = [layer.keys, layer.values]
         total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
     return total

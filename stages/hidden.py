@@ -1,4 +1,4 @@
-"""Hidden-state alignment: each mixer learns to answer the teacher's input of its layer as attention does [MOHAWK, stage 2].
+"""Hidden-state alignment: each mixer learns to answer its layer's input as attention does [MOHAWK, stage 2].
 
 Teacher-forced: one teacher forward serves all layers, and no gradient crosses a layer.
 """
@@ -51,7 +51,7 @@ def _mixer_step(ctx: Context, stage: HiddenStage) -> Callable[[Tensor], dict[int
         for layer, mixer in mixers.items():
             loss = alignment_loss(mixer(calls[layer].input_BLD)[0], calls[layer].output_BLD, stage.loss)
             loss.backward()
-            losses[layer] = float(loss)
+            losses[layer] = loss.item()
         return losses
 
     return step
@@ -68,20 +68,26 @@ def _block_step(ctx: Context, stage: HiddenStage) -> Callable[[Tensor], dict[int
             entered, left, kwargs = seen[layer]
             loss = alignment_loss(run_layer(blocks[layer], entered, kwargs) - entered, left - entered, stage.loss)
             loss.backward()
-            losses[layer] = float(loss)
+            losses[layer] = loss.item()
         return losses
 
     return step
 
 
-def _layer_states(ctx: Context, layers: list[int], tokens_BL: Tensor) -> dict[int, tuple[Tensor, Tensor, dict[str, Any]]]:
+def _layer_states(
+    ctx: Context, layers: list[int], tokens_BL: Tensor
+) -> dict[int, tuple[Tensor, Tensor, dict[str, Any]]]:
     """What enters and leaves the teacher's blocks; the last block's output is taken before the final norm."""
     seen: dict[int, tuple[Tensor, Tensor, dict[str, Any]]] = {}
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             passed = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
-            seen[index] = (args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output, passed)
+            seen[index] = (
+                args[0] if args else kwargs["hidden_states"],
+                output[0] if isinstance(output, tuple) else output,
+                passed,
+            )
 
         return hook
 

@@ -1,4 +1,4 @@
-"""End-to-end distillation: the student's next-token distribution towards the teacher's [MOHAWK, stage 3; MaTVLM, eq. 7]."""
+"""End-to-end distillation: the student's next-token distribution towards the teacher's [MOHAWK, stage 3]."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
         if stage.layer_weight:
             loss = loss + stage.layer_weight * _layer_term(own, taught)
         loss.backward()
-        return {-1: float(loss)}
+        return {-1: loss.item()}
 
     try:
         return train(ctx, index, stage, step)

@@ -56,7 +56,9 @@ def train(ctx: Context, index: int, stage: TrainStage, step_function: StepFuncti
         if due or ctx.stop.signum is not None:
             loop.save()
         ctx.stop.check()
-    return Trained(steps=loop.steps, tokens=loop.steps * loop.tokens_per_step, first_loss=loop.first, last_loss=loop.last)
+    return Trained(
+        steps=loop.steps, tokens=loop.steps * loop.tokens_per_step, first_loss=loop.first, last_loss=loop.last
+    )
 
 
 class _Loop:
@@ -73,8 +75,8 @@ class _Loop:
         ctx.student.requires_grad_(False)
         for p in self.parameters.values():
             p.requires_grad_(True)
-        chosen = [p for n, p in self.parameters.items() if n in mixers]
-        rest = [p for n, p in self.parameters.items() if n not in mixers]
+        chosen = {n: p for n, p in self.parameters.items() if n in mixers}
+        rest = {n: p for n, p in self.parameters.items() if n not in mixers}
         self.optim = optimizer(chosen, rest, stage.optim)
         self.layers = self._layers()
 
@@ -141,5 +143,7 @@ class _Loop:
         """Writes a checkpoint, whole or not at all, then drops older ones."""
         tensors = {name: p.detach() for name, p in self.parameters.items()}
         meta = {"step": self.step, "first_loss": self.first, "last_loss": self.last}
-        save_checkpoint(self.folder / f"checkpoint-{self.step:06d}", tensors=tensors, optim=self.optim.state_dict(), meta=meta)
+        save_checkpoint(
+            self.folder / f"checkpoint-{self.step:06d}", tensors=tensors, optim=self.optim.state_dict(), meta=meta
+        )
         prune(self.folder, self.stage.keep)

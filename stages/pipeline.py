@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ssmorph.convert.families import AttentionShape, family_of
 from ssmorph.convert.plan import resolve_layers
@@ -26,19 +28,32 @@ from ..errors import fail
 from .artifact import copied_student, load_student, save_student
 from .calibrate import run_calibrate
 from .card import model_card
-from .config import RunConfig, as_dict
+from .config import (
+    CalibrateStage,
+    HiddenStage,
+    LogitsStage,
+    MixingStage,
+    RunConfig,
+    Stage,
+    SurgeryStage,
+    TrainStage,
+    as_dict,
+)
 from .context import Context, stop_signals
-from .data import PackedData, open_or_pack
+from .data import open_or_pack
 from .evaluate import evaluate, suite_named
 from .hidden import run_hidden
 from .logits import run_logits
 from .mixing import run_mixing
-from .recipe import changed_stages, diff, dump, from_dict
+from .recipe import build, difference, dump
 from .rundir import RunDir, atomic_folder, atomic_write
 from .threads import choose_threads
 from .tracking import make_tracker
 
-def convert(config: RunConfig, *, until: str | None = None, start: str | None = None, say: Callable[[str], None] = print) -> Path:
+
+def convert(
+    config: RunConfig, *, until: str | None = None, start: str | None = None, say: Callable[[str], None] = print
+) -> Path:
     """Runs or resumes `config`; returns the run directory.
 
     Args:
@@ -51,7 +66,9 @@ def convert(config: RunConfig, *, until: str | None = None, start: str | None = 
     """
     names = config.stage_names()
     last = _stage_named(names, until) if until else len(names) - 1
-    shape = AttentionShape.of(load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code))
+    shape = AttentionShape.of(
+        load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
+    )
     layers = resolve_layers(config.student.layers, shape.layers)
     with RunDir(config.run_dir) as run, stop_signals() as stop:
         _agree(run, config)
@@ -73,7 +90,9 @@ def convert(config: RunConfig, *, until: str | None = None, start: str | None = 
 def _stage_named(names: list[str], wanted: str) -> int:
     found = [i for i, name in enumerate(names) if wanted in (name, name.split("-", 1)[1])]
     if len(found) != 1:
-        raise fail("stage", "must name one stage of the recipe", repr(wanted), f"The recipe's stages: {', '.join(names)}.")
+        raise fail(
+            "stage", "must name one stage of the recipe", repr(wanted), f"The recipe's stages: {', '.join(names)}."
+        )
     return found[0]
 
 
@@ -81,20 +100,24 @@ def _agree(run: RunDir, config: RunConfig) -> None:
     """Refuses a recipe that differs from the run's in something that a started stage depends on."""
     saved = run.path / "config.yaml"
     if saved.exists():
-        import yaml
-
-        old = from_dict(yaml.safe_load(saved.read_text()))
+        old = build(yaml.safe_load(saved.read_text()))
         frontier = max((i for i, name in enumerate(old.stage_names()) if run.started(name)), default=-1)
-        changed = changed_stages(old, config) - {"evaluate"}
-        if frontier >= 0 and any(not isinstance(c, int) or c <= frontier for c in changed):
-            lines = "; ".join(diff(old, config))
-            raise fail("run_dir", "the recipe of a started run does not change", lines, "Use another run_dir, or delete the changed stage's folder.")
+        changed = [change for change in difference(old, config) if not _free(change[0], frontier)]
+        if changed and frontier >= 0:
+            lines = "; ".join(f"{path}: {before} -> {after}" for path, before, after in changed)
+            do = "Use another run_dir, or delete the folders from the changed stage on."
+            raise fail("run_dir", "the recipe of a started run does not change", lines, do)
     atomic_write(saved, dump(config))
 
 
-def _forget(run: RunDir, names: list[str]) -> None:
-    import shutil
+def _free(path: str, frontier: int) -> bool:
+    """Whether no started stage depends on this part of the recipe; `frontier` is the last one that started."""
+    if path.startswith("stages["):
+        return int(path[7:].split("]")[0]) > frontier
+    return path.split(".")[0] in ("run_dir", "tracker", "evaluate", "threads")
 
+
+def _forget(run: RunDir, names: list[str]) -> None:
     for name in names:
         shutil.rmtree(run.path / name, ignore_errors=True)
         run.truncate_metrics(name, 0)
@@ -134,16 +157,21 @@ def _prepare(config: RunConfig, run: RunDir, stop: Any, log: Callable[[str], Non
 def _run_stages(ctx: Context, layers: tuple[int, ...], last: int) -> None:
     source = ""
     rest_trained = False
-    trains_rest = any(getattr(s, "optim", None) is not None and s.optim.rest_lr > 0 for s in ctx.config.stages)
+    trains_rest = any(_trains_rest(stage) for stage in ctx.config.stages)
     pending: Path | None = None
     for index, name in enumerate(ctx.config.stage_names()[: last + 1]):
         stage = ctx.config.stages[index]
-        rest_trained = rest_trained or bool(getattr(stage, "optim", None) and stage.optim.rest_lr > 0)
+        rest_trained = rest_trained or _trains_rest(stage)
         folder = ctx.run.stage_dir(name)
         done = ctx.run.done(name)
         if done is not None:
             if done["source"] != source:
-                raise fail(str(folder), "must be made from the stage before it", "another artifact", f"Run again with --from {name}.")
+                raise fail(
+                    str(folder),
+                    "must be made from the stage before it",
+                    "another artifact",
+                    f"Run again with --from {name}.",
+                )
             source, pending = done["artifact"], folder / "student"
             continue
         if pending is not None and ctx.student is None:
@@ -160,15 +188,25 @@ def _run_stages(ctx: Context, layers: tuple[int, ...], last: int) -> None:
         ctx.student = load_student(pending, ctx.teacher, trains_rest)
 
 
-def _run_stage(ctx: Context, index: int, stage: Any, layers: tuple[int, ...], own_rest: bool) -> dict[str, Any]:
-    if stage.kind == "surgery":
+def _trains_rest(stage: Stage) -> bool:
+    return isinstance(stage, TrainStage) and stage.optim.rest_lr > 0
+
+
+def _run_stage(ctx: Context, index: int, stage: Stage, layers: tuple[int, ...], own_rest: bool) -> dict[str, Any]:
+    if isinstance(stage, SurgeryStage):
         c = ctx.config
-        ctx.student = copied_student(ctx.teacher, ctx.spec, layers, c.student.mixer, c.student.conv_kernel, c.seed, own_rest)
+        ctx.student = copied_student(
+            ctx.teacher, ctx.spec, layers, c.student.mixer, c.student.conv_kernel, c.seed, own_rest
+        )
         return {"layers": list(layers)}
-    if stage.kind == "calibrate":
+    if isinstance(stage, CalibrateStage):
         return {"fits": [dataclasses.asdict(fit) for fit in run_calibrate(ctx, index, stage)]}
-    run = {"mixing": run_mixing, "hidden": run_hidden, "logits": run_logits}[stage.kind]
-    return dataclasses.asdict(run(ctx, index, stage))
+    if isinstance(stage, MixingStage):
+        return dataclasses.asdict(run_mixing(ctx, index, stage))
+    if isinstance(stage, HiddenStage):
+        return dataclasses.asdict(run_hidden(ctx, index, stage))
+    assert isinstance(stage, LogitsStage)
+    return dataclasses.asdict(run_logits(ctx, index, stage))
 
 
 def _finish(ctx: Context) -> None:

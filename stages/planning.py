@@ -33,14 +33,22 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
     attention = AttentionShape.of(teacher)
     layers = resolve_layers(config.student.layers, attention.layers)
     shape = faithful_shape(attention, config.student.conv_kernel)
-    kept = attention_parameters(attention.hidden, attention.heads, attention.kv_heads, attention.head_dim, attention.qkv_bias, attention.out_bias)
+    kept = attention_parameters(
+        attention.hidden,
+        attention.heads,
+        attention.kv_heads,
+        attention.head_dim,
+        attention.qkv_bias,
+        attention.out_bias,
+    )
     made = mixer_parameters(config.student.mixer, shape)
     per_token, fixed = kv_bytes_per_token(attention, FLOAT32), cache_bytes(shape, FLOAT32)
-    table = [
-        {"layer": i, "becomes": config.student.mixer if i in layers else "attention (kept)", "parameters": made if i in layers else kept,
-         "cache_bytes_per_token": 0 if i in layers else per_token, "cache_bytes_fixed": fixed if i in layers else 0}
-        for i in range(attention.layers)
-    ]  # fmt: skip
+    table = []
+    for i in range(attention.layers):
+        converted = i in layers
+        row = {"layer": i, "becomes": config.student.mixer if converted else "attention (kept)"}
+        row |= {"parameters": made if converted else kept, "cache_bytes_per_token": 0 if converted else per_token}
+        table.append(row | {"cache_bytes_fixed": fixed if converted else 0})
     spec = family_of(teacher.model_type)
     return {
         "teacher": config.teacher.source,
@@ -56,13 +64,15 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _estimate(config: RunConfig, teacher: Any, attention: AttentionShape, converted: int, made: int, kept: int) -> dict[str, Any]:
+def _estimate(
+    config: RunConfig, teacher: Any, attention: AttentionShape, converted: int, made: int, kept: int
+) -> dict[str, Any]:
     width = attention.hidden
     mlp = 3 * width * getattr(teacher, "intermediate_size", 4 * width)
     body = attention.layers * (kept + mlp)
     head = teacher.vocab_size * width
-    flops = {"calibrate": 4.5 * body, "mixing": 2 * body + 6 * converted * made, "hidden": 2 * body + 6 * converted * made,
-             "logits": 8 * body + 8 * head}  # fmt: skip
+    aligned = 2 * body + 6 * converted * made
+    flops = {"calibrate": 4.5 * body, "mixing": aligned, "hidden": aligned, "logits": 8 * body + 8 * head}
     speed = _matmul_speed()
     stages = {}
     for name, stage in zip(config.stage_names(), config.stages, strict=True):
@@ -70,9 +80,15 @@ def _estimate(config: RunConfig, teacher: Any, attention: AttentionShape, conver
         stages[name] = {"tokens": tokens, "minutes": round(tokens * flops.get(stage.kind, 0) / speed / 60, 1)}
     parameters = body + head + converted * (made - kept)
     trained = converted * made
-    memory = FLOAT32 * (2 * body + head + 4 * trained) + FLOAT32 * config.data.window * 2 * (body // max(1, 8 * width))
-    return {"stages": stages, "minutes": round(sum(s["minutes"] for s in stages.values()), 1), "matmul_gflops": round(speed / 1e9, 1),
-            "parameters": parameters, "memory_gib": round(memory / 2**30, 1)}  # fmt: skip
+    # kept weights once, gradients and AdamW's two moments of the mixers, activations of two windows
+    activations = 2 * config.data.window * attention.layers * 30 * width
+    return {
+        "stages": stages,
+        "minutes": round(sum(s["minutes"] for s in stages.values()), 1),
+        "matmul_gflops": round(speed / 1e9, 1),
+        "parameters": parameters,
+        "memory_gib": round(FLOAT32 * (body + head + 4 * trained + activations) / 2**30, 1),
+    }
 
 
 def _matmul_speed() -> float:
@@ -98,10 +114,16 @@ def print_plan(plan: dict[str, Any]) -> None:
         table.add_row(*cells, f"{row['cache_bytes_fixed']:,} B")
     console.print(table)
     console.print(f"{len(plan['converted'])} layers converted, {plan['parameters_added']:+,} parameters.")
-    console.print(f"From {plan['smaller_from_tokens']} tokens of context on, a converted layer's cache is the smaller one.")
+    console.print(
+        f"From {plan['smaller_from_tokens']} tokens of context on, a converted layer's cache is the smaller one."
+    )
     console.print(f"Keeps: {'; '.join(plan['keeps'])}. Loses: {'; '.join(plan['loses'])}.")
-    console.print(f"Stock architecture it would fit: {plan['stock_export_fits'] or 'none'} (export itself is not built yet).")
+    console.print(
+        f"Stock architecture it would fit: {plan['stock_export_fits'] or 'none'} (export itself is not built yet)."
+    )
     estimate = plan["estimate"]
     for name, stage in estimate["stages"].items():
         console.print(f"  {name:14} {stage['tokens']:>9,} tokens  about {stage['minutes']} min here")
-    console.print(f"About {estimate['minutes']} min and {estimate['memory_gib']} GiB here ({estimate['matmul_gflops']} GFLOP/s measured).")
+    console.print(
+        f"About {estimate['minutes']} min and {estimate['memory_gib']} GiB here ({estimate['matmul_gflops']} GFLOP/s measured)."
+    )

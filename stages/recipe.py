@@ -1,4 +1,4 @@
-"""Reads a recipe into the dataclass tree, strictly: every mistake is named by its path, what came, and the nearest known name.
+"""Reads a recipe into the dataclass tree, strictly: a mistake is named by path, what came, and the nearest known name.
 
 Standard library and PyYAML only.
 """
@@ -6,6 +6,8 @@ Standard library and PyYAML only.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -15,7 +17,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from ..errors import UserError, fail, nearest
-from .config import STAGES, RunConfig, as_dict
+from .config import STAGES, RunConfig, as_dict, default_stages
+
+# YAML 1.1 wants a point and a signed exponent in a float, and reads 1e-4 as text.
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -23,10 +29,11 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 def _mapping(loader: Any, node: Any) -> dict:
-    keys = [key.value for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise fail(f"line {node.start_mark.line + 1}", "a key stands once", repr(key), "Remove one of them.")
+    seen: list[Any] = []
+    for key, _ in node.value:
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} a second time", key.start_mark)
+        seen.append(key.value)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -45,13 +52,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), **top: Any) -> 
     tree = _read(Path(path))
     base = tree.pop("base", None)
     if base is not None:
-        below = _read(Path(path).parent / str(base))
+        if not isinstance(base, str):
+            raise fail(f"{path}: base", "must be a file name", _show(base), "Write base: other.yaml.")
+        below = _read(Path(path).parent / base)
         if "base" in below:
             raise fail(f"{path}: base", "a base has no base of its own", base, "Write the shared part into one file.")
         tree = _merge(below, tree)
     for key, value in top.items():
         if value is not None:
             tree[key] = value
+    tree = _plain(tree)  # nothing shared: an override must not reach what a YAML alias repeats elsewhere
     for override in overrides:
         _override(tree, override)
     return build(tree)
@@ -80,13 +90,21 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise fail("recipe", "must be a readable YAML file", f"{path} ({error})", "Check the path.") from error
-    try:
-        tree = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise fail(str(path), "must be valid YAML", str(error).replace("\n", " "), "Mend that line.") from error
+    tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise fail(str(path), "a recipe is a mapping", type(tree).__name__, "Start with 'teacher:'.")
     return tree
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        if error.problem_mark is not None:
+            where += f", line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        raise fail(where, "must be valid YAML", error.problem or error.context, "Mend that line.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-99-99
+        raise fail(where, "must be valid YAML", " ".join(str(error).split()), "Mend or quote it.") from error
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -99,17 +117,21 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _override(tree: dict[str, Any], text: str) -> None:
     path, separator, value = text.partition("=")
-    if not separator:
-        raise fail(text, "an override is written path=value", repr(text), "For example seed=1.")
+    *parents, last = path.strip().removeprefix("--").replace("[", ".").replace("]", "").split(".")
+    if not separator or not all([*parents, last]):
+        raise fail("override", "an override is written path=value", repr(text), "For example seed=1.")
+    parsed = _parse(value, f"override {path.strip()}")
+    if parents[:1] == ["stages"] and "stages" not in tree:
+        tree["stages"] = [_plain(as_dict(stage)) for stage in default_stages()]
     here: Any = tree
-    *parents, last = path.removeprefix("--").split(".")
     for depth, key in enumerate(parents):
         here = _child(here, key, ".".join(parents[: depth + 1]))
-    parsed = yaml.load(value, _Loader)
     if isinstance(here, list):
         here[_stage_index(here, last, path)] = parsed
-    else:
+    elif isinstance(here, dict):
         here[last] = parsed
+    else:
+        raise fail(path, "has nothing below it", last, f"Set {'.'.join(parents)} itself.")
 
 
 def _child(here: Any, key: str, path: str) -> Any:
@@ -117,13 +139,11 @@ def _child(here: Any, key: str, path: str) -> Any:
         return here[_stage_index(here, key, path)]
     if not isinstance(here, dict):
         raise fail(path, "has nothing below it", key, "Check the path of the override.")
-    if key == "stages" and key not in here:
-        raise fail(path, "the recipe lists its stages before one is changed", key, "Write the stages into the recipe.")
     return here.setdefault(key, {})
 
 
 def _stage_index(stages: list, key: str, path: str) -> int:
-    if key.isdigit() and int(key) < len(stages):
+    if key.isdecimal() and int(key) < len(stages):
         return int(key)
     found = [i for i, stage in enumerate(stages) if isinstance(stage, dict) and stage.get("kind") == key]
     if len(found) != 1:
@@ -161,8 +181,17 @@ def _dataclass(value: Any, kind: Any, path: str) -> Any:
     try:
         return kind(**built)
     except UserError as error:
-        where = f"{path}: " if path and not str(error).startswith(path) else ""
-        raise UserError(f"{where}{error}") from error
+        raise UserError(_located(str(error), path, {kind.__name__, str(built.get("kind"))})) from error
+
+
+def _located(message: str, path: str, names: set[str]) -> str:
+    """The message of a section's own check, which knows its class but not its place, with the full path in front."""
+    if not path or re.match(rf"{re.escape(path)}[.:\[]", message):
+        return message
+    head = re.match(r"\w+", message)
+    if head and head.group() in names | {path.rpartition(".")[2]}:
+        return path + message[head.end() :]
+    return f"{path}: {message}"
 
 
 def _union(value: Any, kinds: tuple, path: str) -> Any:
@@ -170,17 +199,21 @@ def _union(value: Any, kinds: tuple, path: str) -> Any:
         return None
     if all(dataclasses.is_dataclass(k) for k in kinds):
         tag = value.get("kind") if isinstance(value, dict) else None
-        if tag not in STAGES:
+        if not isinstance(tag, str) or tag not in STAGES:
             raise fail(f"{path}.kind", "must be a kind of stage", repr(tag), nearest(str(tag), STAGES))
         return _convert(value, STAGES[tag], path)
     kinds = tuple(k for k in kinds if k is not type(None))
-    chosen = next((k for k in kinds if (get_origin(k) is tuple) == isinstance(value, (list, tuple))), kinds[0])
-    return _convert(value, chosen, path)
+    fitting = [k for k in kinds if (get_origin(k) is tuple) == isinstance(value, (list, tuple))]
+    if len(kinds) > 1 and fitting == [str] and not isinstance(value, str):
+        raise fail(path, "must be text or a list", _show(value), f"Write [{value}] if you mean one entry.")
+    return _convert(value, fitting[0] if fitting else kinds[0], path)
 
 
 def _literal(value: Any, choices: tuple, path: str) -> Any:
     if value not in choices or isinstance(value, bool):
-        raise fail(path, f"must be one of {', '.join(map(str, choices))}", _show(value), nearest(str(value), map(str, choices)))
+        raise fail(
+            path, f"must be one of {', '.join(map(str, choices))}", _show(value), nearest(str(value), map(str, choices))
+        )
     return value
 
 
@@ -195,18 +228,26 @@ def _tuple(value: Any, kinds: tuple, path: str) -> tuple:
 
 
 def _scalar(value: Any, kind: type, path: str) -> Any:
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as text
+    assert kind in _KINDS, f"{path}: recipes cannot express {kind}"
+    number = _number(value)
+    if kind is float and isinstance(number, float) and not math.isnan(number):
+        return number
+    if kind is not float and type(value) is kind:
+        return value
+    do = "Put it in quotes." if kind is str else f"Write {_KINDS[kind]}."
+    if kind is int and isinstance(number, float) and number.is_integer():
+        do = f"Write {int(number)}."
+    raise fail(path, f"must be {_KINDS[kind]}", _show(value), do)
+
+
+def _number(value: Any) -> Any:
+    """`value` as float if it is a number, or an exponent form that YAML took for text; else unchanged."""
+    if type(value) in (int, float) or (isinstance(value, str) and _EXPONENT.fullmatch(value)):
         try:
             return float(value)
-        except ValueError:
-            pass
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    raise fail(path, f"must be {names.get(kind, kind.__name__)}", _show(value), "Check the value.")
+        except OverflowError:
+            return value
+    return value
 
 
 def _join(path: str, key: str) -> str:
@@ -214,7 +255,8 @@ def _join(path: str, key: str) -> str:
 
 
 def _show(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})"
+    text = "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def difference(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:

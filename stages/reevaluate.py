@@ -16,7 +16,7 @@ from ..errors import fail
 from .artifact import load_student
 from .data import open_or_pack
 from .evaluate import evaluate, suite_named
-from .recipe import from_dict
+from .recipe import build
 from .rundir import RunDir
 
 
@@ -25,7 +25,7 @@ def reevaluate(folder: Path, suite: str, tokens: int | None, say: Callable[[str]
     if not (folder / "final").is_dir():
         raise fail("eval", "must be a finished run", str(folder), "Run convert to its end first.")
     with RunDir(folder) as run:
-        config = from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+        config = build(yaml.safe_load((folder / "config.yaml").read_text()))
         torch.set_num_threads(run.read_json("env.json")["threads"])
         t = config.teacher
         teacher, tokenizer = load_teacher(t.source, t.revision, t.trust_remote_code, config.device)

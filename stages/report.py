@@ -31,12 +31,16 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 def _text_table(text: dict[str, Any]) -> Table:
     base = text["models"]["teacher"]["perplexity"]
-    table = Table(title=f"{text['set']}, windows of {text['window']} tokens, {text['models']['teacher']['tokens']} tokens")
+    table = Table(
+        title=f"{text['set']}, windows of {text['window']} tokens, {text['models']['teacher']['tokens']} tokens"
+    )
     for column in ("model", "perplexity", "x teacher", "KL (nats)", "top-1 agreement"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, row in text["models"].items():
         ratio = row["perplexity"] / base
-        table.add_row(NAMES[name], _short(row["perplexity"]), _short(ratio), f"{row['kl']:.3f}", f"{100 * row['top1']:.1f} %")
+        table.add_row(
+            NAMES[name], _short(row["perplexity"]), _short(ratio), f"{row['kl']:.3f}", f"{100 * row['top1']:.1f} %"
+        )
     return table
 
 
@@ -75,8 +79,8 @@ def verdict(report: dict[str, Any]) -> list[str]:
         ratio = models["hybrid"]["perplexity"] / models["window"]["perplexity"]
         word = "better than" if ratio < 1 else "worse than"
         lines.append(
-            f"On {text['set']} ({text['window']}) the hybrid's perplexity is {abs(ratio - 1):.1%} {word} that of an untrained"
-            f" window of {report['window_control']['tokens']} tokens in the same bytes."
+            f"On {text['set']} ({text['window']}) the hybrid's perplexity is {abs(ratio - 1):.1%} {word} an untrained"
+            f" attention window of {report['window_control']['tokens']} tokens in the same bytes."
         )
     for row in report["retrieval"]:
         if "window" in row["models"]:

@@ -1,4 +1,4 @@
-"""The run directory: what is in it is whole. Atomic files and folders, one process at a time, DONE markers by content hash.
+"""The run directory: what is in it is whole. Atomic files and folders, one process at a time, DONE by content hash.
 
 Everything is written beside its place and renamed, so a kill at any moment leaves the old state or the new one.
 Standard library only.
@@ -43,7 +43,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno not in rules:
             raise
         rule, do = rules[error.errno]
-        raise fail(str(path), rule, error.strerror, f"{do} and run the same command again: nothing saved was lost.") from error
+        raise fail(
+            str(path), rule, error.strerror, f"{do} and run the same command again: nothing saved was lost."
+        ) from error
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
@@ -75,13 +77,39 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     with file.open("rb") as opened:
                         os.fsync(opened.fileno())
-            if path.exists():
-                # only a folder that was never finished, or one that is being remade on purpose, can stand here
-                shutil.rmtree(path)
-            os.replace(partial, path)
+            for folder in [*(p for p in partial.rglob("*") if p.is_dir()), partial]:
+                _sync_folder(folder)
+            _replace_folder(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         _sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder by a rename first, so that a kill leaves it whole or gone; the next open sweeps the rest."""
+    with disk_errors(path):
+        shutil.rmtree(_aside(path))
+        _sync_folder(path.parent)
+
+
+def _aside(path: Path) -> Path:
+    aside = path.with_name(f"{PARTIAL}old-{path.name}-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    return aside
+
+
+def _replace_folder(partial: Path, path: Path) -> None:
+    """Puts `partial` in the place of `path`. A kill in between leaves neither, but never a part of one."""
+    aside = _aside(path) if path.exists() else None
+    try:
+        os.replace(partial, path)
+    except OSError:
+        if aside:
+            os.replace(aside, path)
+        raise
+    if aside:
+        shutil.rmtree(aside)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -129,12 +157,16 @@ class RunDir:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
             self._lock.close()
-            raise fail("run_dir", "one process per run", f"{path} is held by process {holder}", "Wait for it or stop it.") from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        for partial in [*self.path.glob(f"{PARTIAL}*"), *self.path.glob(f"*/{PARTIAL}*")]:
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            raise fail(
+                "run_dir", "one process per run", f"{path} is held by process {holder}", "Wait for it or stop it."
+            ) from error
+        with disk_errors(self.path):
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+            for partial in [*self.path.glob(f"{PARTIAL}*"), *self.path.glob(f"*/{PARTIAL}*")]:
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        self._mend_metrics()
 
     def close(self) -> None:
         """Gives the lock back; the kernel does it too when the process dies."""
@@ -179,7 +211,12 @@ class RunDir:
         record = json.loads(marker.read_text())
         artifact = self.path / name / "student"
         if not artifact.is_dir() or content_hash(artifact) != record["artifact"]:
-            raise fail(str(artifact), "must be what the stage wrote", "other content", "Delete the stage's folder to run it again.")
+            raise fail(
+                str(artifact),
+                "must be what the stage wrote",
+                "other content",
+                "Delete the stage's folder to run it again.",
+            )
         return record
 
     def mark_done(self, name: str, source: str, summary: dict[str, Any]) -> str:
@@ -195,18 +232,36 @@ class RunDir:
             file.write(json.dumps(record) + "\n")
 
     def truncate_metrics(self, stage: str, step: int) -> None:
-        """Drops a torn last line, and this stage's lines after `step`, which the resumed run will write again."""
+        """Drops this stage's lines after `step`, which the resumed run will write again.
+
+        Raises:
+            ValueError: a line in the middle that is not JSON; this program leaves none.
+        """
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return
-        kept = []
-        for line in file.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record["stage"] != stage or record["step"] <= step:
-                kept.append(line + "\n")
-        atomic_write(file, "".join(kept))
+        lines = file.read_bytes().splitlines(keepends=True)
+        kept = [
+            line for i, line in enumerate(lines, 1) if not _is_after(_record(line, f"{file}, line {i}"), stage, step)
+        ]
+        if len(kept) < len(lines):
+            atomic_write(file, b"".join(kept))
+
+    def _mend_metrics(self) -> None:
+        """Drops a last line torn by a kill, before another could be written onto its end."""
+        file = self.path / "metrics.jsonl"
+        content = file.read_bytes() if file.exists() else b""
+        if content and not content.endswith(b"\n"):
+            atomic_write(file, content[: content.rfind(b"\n") + 1])
 
 
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise fail(where, "must be a line of JSON", repr(line[:60]), "Delete that line.") from error
+    return record if isinstance(record, dict) else {}
+
+
+def _is_after(record: dict[str, Any], stage: str, step: int) -> bool:
+    return record.get("stage") == stage and record.get("step", 0) > step

@@ -1,13 +1,14 @@
-"""AdamW over two groups, mixers and the rest, with a warm-up / stable / decay schedule restarted in every stage."""
+"""Rates and clipping: two peaks, mixers and the rest, with a warm-up / stable / decay schedule restarted in every stage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import OptimConfig
+from .optim import RelativeAdamW
 
 
 def rate(step: int, steps: int, config: OptimConfig) -> float:
@@ -22,15 +23,19 @@ def rate(step: int, steps: int, config: OptimConfig) -> float:
     return 1.0
 
 
-def optimizer(mixers: Iterable[nn.Parameter], rest: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; vectors (biases, decays, norms) are not decayed. Group 'rest' is left out where `rest_lr` is 0."""
-    groups = []
-    for lr, parameters in ((config.lr, list(mixers)), (config.rest_lr, list(rest) if config.rest_lr else [])):
-        for decayed in (True, False):
-            chosen = [p for p in parameters if (p.dim() > 1) == decayed]
-            if chosen:
-                groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": config.weight_decay if decayed else 0.0})
-    return torch.optim.AdamW(groups, betas=config.betas, foreach=False, fused=False)
+# held as logarithms, so that a plain step is a relative change
+LOGARITHMS = ("A_log", "dt_bias", "a_bias")
+
+
+def optimizer(mixers: dict[str, nn.Parameter], rest: dict[str, nn.Parameter], config: OptimConfig) -> RelativeAdamW:
+    """The optimiser of a stage; vectors (biases, decays, norms) have no weight decay. `rest` stays put at `rest_lr` 0."""
+    groups: list[dict[str, Any]] = []
+    for lr, parameters in ((config.lr, mixers), (config.rest_lr, rest if config.rest_lr else {})):
+        for name, p in parameters.items():
+            decay = config.weight_decay if p.dim() > 1 else 0.0
+            relative = name.rpartition(".")[2] not in LOGARITHMS
+            groups.append({"params": [p], "lr": lr, "peak": lr, "weight_decay": decay, "relative": relative})
+    return RelativeAdamW(groups, lr=config.lr, betas=config.betas)
 
 
 def set_rate(optim: torch.optim.Optimizer, share: float) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class Scores:
     @classmethod
     def empty(cls, length: int) -> Scores:
         """No windows yet."""
-        return cls(*(torch.zeros(length - 1, dtype=torch.float64) for _ in range(3)))
+        nll_L, kl_L, agree_L = (torch.zeros(length - 1, dtype=torch.float64) for _ in range(3))
+        return cls(nll_L, kl_L, agree_L)
 
     def summary(self, start: int = 0, end: int | None = None) -> dict[str, float]:
         """Means over the positions start..end: perplexity, kl (nats), top1 (share of tokens)."""
@@ -88,11 +90,13 @@ def _add(scores: Scores, part: slice, log_t_TV: Tensor, log_s_TV: Tensor, labels
     labels = labels_T.to(log_s_TV.device).unsqueeze(-1)
     scores.nll_L[part] -= log_s_TV.gather(-1, labels)[:, 0].double().cpu()
     if log_t_TV is not log_s_TV:
-        scores.kl_L[part] += torch.nn.functional.kl_div(log_s_TV, log_t_TV, log_target=True, reduction="none").sum(-1).double().cpu()
+        scores.kl_L[part] += (
+            torch.nn.functional.kl_div(log_s_TV, log_t_TV, log_target=True, reduction="none").sum(-1).double().cpu()
+        )
     scores.agree_L[part] += (log_t_TV.argmax(-1) == log_s_TV.argmax(-1)).double().cpu()
 
 
 def by_position(scores: Scores, parts: int = 4) -> list[dict[str, float]]:
     """The summary of each of `parts` equal stretches of the window."""
     edges = [round(i * len(scores.nll_L) / parts) for i in range(parts + 1)]
-    return [{"from": a, "to": b, **scores.summary(a, b)} for a, b in zip(edges, edges[1:], strict=False)]
+    return [{"from": a, "to": b, **scores.summary(a, b)} for a, b in pairwise(edges)]

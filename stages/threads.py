@@ -1,4 +1,4 @@
-"""How many threads torch should use here: measured, because two can be much slower than one on shared or virtual cores."""
+"""How many threads torch should use here: measured, since two can be much slower than one on virtual cores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BUDGET = 0.6
 
 
 def choose_threads() -> int:
-    """The fastest of 1, 2, 4 ... up to the CPU count on a miniature of the real work (matrix products and an elementwise pass)."""
+    """The fastest of 1, 2, 4 ... up to the CPU count on a miniature of the real work."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     candidates = [1 << i for i in range(count.bit_length()) if 1 << i <= count]
     return min(candidates, key=_seconds) if len(candidates) > 1 else 1

@@ -1,10 +1,13 @@
-"""Trackers that mirror metrics.jsonl: none, wandb or TensorBoard. The file in the run directory is always the record."""
+"""Trackers that mirror metrics.jsonl: none, wandb or TensorBoard. The run directory's file is always the record."""
 
 from __future__ import annotations
 
+import netrc
 import os
+import re
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlparse
 
 from ..errors import fail
 
@@ -30,14 +33,28 @@ class NoTracker:
 
 
 class WandbTracker:
-    """Weights & Biases; the run's id is the folder's name, so a resumed run continues its curve. Offline without a key."""
+    """Weights & Biases; the run's id is the folder's name, so a resumed run continues its curve.
+
+    Without an API key the run is written offline under the run directory (`wandb sync` uploads it later): asking for a
+    login would stop an unattended run. WANDB_MODE, where set, decides instead.
+    """
 
     def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
-        if "WANDB_API_KEY" not in os.environ and not (Path.home() / ".netrc").exists():
-            os.environ.setdefault("WANDB_MODE", "offline")
-        import wandb
-
-        self._run = wandb.init(project="ssmorph", id=run_dir.name, dir=run_dir, config=config, resume="allow")
+        try:
+            import wandb
+        except ImportError as error:
+            raise fail("tracker", "wandb must be installed", "no such package", "Run: pip install wandb") from error
+        name = run_dir.resolve().name
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        self._run = wandb.init(
+            project="ssmorph",
+            id=re.sub(r"[^\w-]", "-", name),
+            name=name,
+            dir=run_dir,
+            config=config,
+            mode=mode,
+            resume="allow",
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Logs with the stage's own step as a value, since wandb's step never goes back."""
@@ -48,6 +65,22 @@ class WandbTracker:
         self._run.finish()
 
 
+def _has_wandb_key() -> bool:
+    """Whether wandb would find a key without asking: in the environment or in netrc, for the host it talks to."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        return host in netrc.netrc(file).hosts
+    except FileNotFoundError:
+        return False
+    except netrc.NetrcParseError as error:
+        raise fail(
+            "tracker", "netrc must be readable to find the wandb key", error, "Mend it, or set WANDB_API_KEY."
+        ) from error
+
+
 class TensorBoardTracker:
     """TensorBoard event files under the run directory."""
 
@@ -55,7 +88,9 @@ class TensorBoardTracker:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise fail("tracker", "tensorboard must be installed", "no such package", 'Run: pip install "ssmorph[tensorboard]"') from error
+            raise fail(
+                "tracker", "tensorboard must be installed", "no such package", 'Run: pip install "ssmorph[tensorboard]"'
+            ) from error
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -18,5 +18,7 @@ def family_of(model_type: str) -> FamilySpec:
         ValueError: a family that is not supported.
     """
     if model_type not in FAMILIES:
-        raise fail("teacher.config.model_type", "must be a supported family", repr(model_type), nearest(model_type, FAMILIES))
+        raise fail(
+            "teacher.config.model_type", "must be a supported family", repr(model_type), nearest(model_type, FAMILIES)
+        )
     return FAMILIES[model_type]

@@ -1,4 +1,4 @@
-"""Llama and what shares its architecture word for word: SmolLM, SmolLM2, TinyLlama, Vicuna, Llama 3 with scaled RoPE."""
+"""Llama and what shares its architecture: SmolLM, SmolLM2, TinyLlama, Vicuna, Llama 3 with scaled RoPE."""
 
 from .spec import FamilySpec
 

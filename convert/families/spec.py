@@ -66,7 +66,12 @@ class AttentionShape:
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         if heads % kv_heads:
-            raise fail("teacher.config", f"num_key_value_heads must divide the {heads} heads", kv_heads, "Mend the model's config.json.")
+            raise fail(
+                "teacher.config",
+                f"num_key_value_heads must divide the {heads} heads",
+                kv_heads,
+                "Mend the model's config.json.",
+            )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         bias = bool(getattr(config, "attention_bias", False))
         return cls(

@@ -46,7 +46,7 @@ class MixerShape:
 
 
 class ScanInputs(NamedTuple):
-    """What the scan and the mixing matrix are made of: M[t,s] = (C_t.B_s) exp(sum log_a) w_s, plus D on the diagonal."""
+    """What the mixing matrix is made of: M[t,s] = (C_t.B_s) exp(sum log_a) w_s, plus D on the diagonal."""
 
     x_BLHP: Tensor
     B_BLGN: Tensor
@@ -102,7 +102,9 @@ class Mixer(nn.Module):
         features_BLE = self.features(hidden_states, valid_BL, segments(position_ids), cache)
         return self.out_proj(features_BLE), None
 
-    def features(self, hidden_BLD: Tensor, valid_BL: Tensor | None = None, segment_BL: Tensor | None = None, cache: Any = None) -> Tensor:
+    def features(
+        self, hidden_BLD: Tensor, valid_BL: Tensor | None = None, segment_BL: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
         """What enters `out_proj`: [B, L, E]. The output is linear in it, which calibration uses."""
         if valid_BL is not None:
             hidden_BLD = hidden_BLD * valid_BL.unsqueeze(-1).to(hidden_BLD.dtype)
@@ -120,7 +122,9 @@ class Mixer(nn.Module):
 
     def _convolve(self, channels: Tensor, past: Tensor | None = None, segment_BL: Tensor | None = None) -> Tensor:
         weight_CK = self.conv1d.weight.squeeze(1)
-        return causal_conv(channels, weight_CK, self.conv1d.bias, silu=self.conv_silu, past_BKC=past, segment_BL=segment_BL)
+        return causal_conv(
+            channels, weight_CK, self.conv1d.bias, silu=self.conv_silu, past_BKC=past, segment_BL=segment_BL
+        )
 
     def _scan_inputs(self, convolved: Tensor, decay: Tensor, valid_BL: Tensor | None) -> ScanInputs:
         shape = self.shape
@@ -133,15 +137,26 @@ class Mixer(nn.Module):
             w_BLH = real_BL1.expand_as(log_a_BLH).to(log_a_BLH.dtype) if w_BLH is None else w_BLH * real_BL1
         heads = (shape.heads, shape.head_dim)
         groups = (shape.groups, shape.state)
-        return ScanInputs(x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups), log_a_BLH, w_BLH, self.D)
+        return ScanInputs(
+            x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups), log_a_BLH, w_BLH, self.D
+        )
 
-    def _scan(self, channels: Tensor, decay: Tensor, valid_BL: Tensor | None, segment_BL: Tensor | None, cache: Any) -> Tensor:
+    def _scan(
+        self, channels: Tensor, decay: Tensor, valid_BL: Tensor | None, segment_BL: Tensor | None, cache: Any
+    ) -> Tensor:
         past = state = None
         if cache is not None and cache.has_previous_state[0]:
             past, state = cache.conv_states[0], cache.recurrent_states[0]
         s = self._scan_inputs(self._convolve(channels, past, segment_BL), decay, valid_BL)
         y_BLHP, final_BHPN = ssd(
-            s.x_BLHP, s.log_a_BLH, s.B_BLGN, s.C_BLGN, w_BLH=s.w_BLH, D_H=s.D_H, initial_state_BHPN=state, segment_BL=segment_BL
+            s.x_BLHP,
+            s.log_a_BLH,
+            s.B_BLGN,
+            s.C_BLGN,
+            w_BLH=s.w_BLH,
+            D_H=s.D_H,
+            initial_state_BHPN=state,
+            segment_BL=segment_BL,
         )
         if cache is not None:
             cache.store(self._last_inputs(channels, past, segment_BL), final_BHPN, channels.shape[1])
@@ -152,7 +167,9 @@ class Mixer(nn.Module):
         keep = self.shape.conv_kernel - 1
         if segment_BL is not None:
             channels = channels * (segment_BL == segment_BL[:, -1:]).unsqueeze(-1)
-        before = channels.new_zeros(channels.shape[0], keep, channels.shape[2]) if past is None else past.to(channels.dtype)
+        before = (
+            channels.new_zeros(channels.shape[0], keep, channels.shape[2]) if past is None else past.to(channels.dtype)
+        )
         return torch.cat([before, channels[:, -keep:]], dim=1)[:, -keep:].clone()
 
     def _step(self, channels: Tensor, decay: Tensor, cache: Any) -> Tensor:
@@ -161,6 +178,8 @@ class Mixer(nn.Module):
         convolved = causal_conv_step(past_BKC, channels[:, 0], weight_CK, self.conv1d.bias, silu=self.conv_silu)
         s = self._scan_inputs(convolved.unsqueeze(1), decay, None)
         w_BH = None if s.w_BLH is None else s.w_BLH[:, 0]
-        y_BHP = ssd_step(state_BHPN, s.x_BLHP[:, 0], s.log_a_BLH[:, 0], s.B_BLGN[:, 0], s.C_BLGN[:, 0], w_BH=w_BH, D_H=s.D_H)
+        y_BHP = ssd_step(
+            state_BHPN, s.x_BLHP[:, 0], s.log_a_BLH[:, 0], s.B_BLGN[:, 0], s.C_BLGN[:, 0], w_BH=w_BH, D_H=s.D_H
+        )
         cache.store(past_BKC, state_BHPN, 1)
         return y_BHP.unsqueeze(1)

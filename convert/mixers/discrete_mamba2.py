@@ -1,7 +1,7 @@
 """MOHAWK's discrete Mamba-2: no step size, an identity convolution at the start, no norm [MOHAWK, section 3].
 
-in_proj -> [x | B | C | z | a]; log a = -softplus(a + a_bias), weight 1; out_proj(y silu(z + z_bias)). The paper's form has
-no a_bias; without one a constant decay, which calibration solves for, could only be approximated.
+in_proj -> [x | B | C | z | a]; log a = -softplus(a + a_bias), weight 1; out_proj(y silu(z + z_bias)). The paper's
+form has no a_bias; without one a constant decay, which calibration solves for, could only be approximated.
 """
 
 from __future__ import annotations

@@ -29,11 +29,19 @@ def causal_conv(
     """
     width = weight_CK.shape[1]
     if weight_CK.shape[0] != x_BLC.shape[2]:
-        raise fail("causal_conv.weight_CK", f"needs {x_BLC.shape[2]} channels", weight_CK.shape[0], "Give one row per channel.")
+        raise fail(
+            "causal_conv.weight_CK", f"needs {x_BLC.shape[2]} channels", weight_CK.shape[0], "Give one row per channel."
+        )
     if past_BKC is not None and past_BKC.shape[1] != width - 1:
-        raise fail("causal_conv.past_BKC", f"holds the {width - 1} inputs before", past_BKC.shape[1], "Keep K-1 inputs.")
+        raise fail(
+            "causal_conv.past_BKC", f"holds the {width - 1} inputs before", past_BKC.shape[1], "Keep K-1 inputs."
+        )
     padded = F.pad(x_BLC, (0, 0, width - 1, 0)) if past_BKC is None else torch.cat([past_BKC.to(x_BLC.dtype), x_BLC], 1)
-    y = _by_taps(padded, weight_CK, bias_C, segment_BL) if segment_BL is not None else _by_image(padded, weight_CK, bias_C)
+    y = (
+        _by_taps(padded, weight_CK, bias_C, segment_BL)
+        if segment_BL is not None
+        else _by_image(padded, weight_CK, bias_C)
+    )
     return F.silu(y) if silu else y
 
 

@@ -16,7 +16,9 @@ def gated_group_norm(y_BLE: Tensor, gate_BLE: Tensor | None, weight_E: Tensor, *
         ValueError: groups that do not divide the channels.
     """
     if y_BLE.shape[-1] % groups:
-        raise fail("gated_group_norm.groups", f"must divide the {y_BLE.shape[-1]} channels", groups, "Use the SSM's groups.")
+        raise fail(
+            "gated_group_norm.groups", f"must divide the {y_BLE.shape[-1]} channels", groups, "Use the SSM's groups."
+        )
     work = torch.promote_types(y_BLE.dtype, torch.float32)
     gated = y_BLE.to(work) if gate_BLE is None else y_BLE.to(work) * F.silu(gate_BLE.to(work))
     grouped = gated.unflatten(-1, (groups, -1))

@@ -8,7 +8,10 @@ from torch import Tensor
 from ...errors import fail
 from ..common.dispatch import Backends
 
-BACKENDS = Backends("ssd", {"chunked": "ssmorph.kernels.ssd.chunked:ssd_chunked", "reference": "ssmorph.kernels.ssd.reference:ssd_reference"})
+BACKENDS = Backends(
+    "ssd",
+    {"chunked": "ssmorph.kernels.ssd.chunked:ssd_chunked", "reference": "ssmorph.kernels.ssd.reference:ssd_reference"},
+)
 
 
 def ssd(
@@ -23,7 +26,7 @@ def ssd(
     segment_BL: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y_t = S_t C_t + D x_t with S_t = exp(log_a_t) S_{t-1} + w_t x_t B_t^T, and the final state [Mamba-2, eq. 1 and 6].
+    """y_t = S_t C_t + D x_t, S_t = exp(log_a_t) S_{t-1} + w_t x_t B_t^T; y and the final state [Mamba-2, eq. 1 and 6].
 
     Args:
         x_BLHP: inputs; B batch, L length, H heads, P head width.
@@ -36,7 +39,7 @@ def ssd(
         backend: a name of `BACKENDS`; left out, the best for the device.
 
     Returns:
-        y [B, L, H, P] in the dtype of x, and the state after the last token [B, H, P, N] in float32 (float64 for float64).
+        y [B, L, H, P] in the dtype of x, and the last token's state [B, H, P, N] in float32 (float64 for float64).
 
     Raises:
         ValueError: shapes that disagree, groups that do not divide the heads, an unknown backend.
@@ -81,8 +84,18 @@ def ssd_step(
 
 def _check_shapes(x: Tensor, log_a: Tensor, B: Tensor, C: Tensor) -> None:
     if log_a.shape != x.shape[:3]:
-        raise fail("ssd.log_a_BLH", f"must have shape {tuple(x.shape[:3])}, as x", tuple(log_a.shape), "Give one value per token and head.")
+        raise fail(
+            "ssd.log_a_BLH",
+            f"must have shape {tuple(x.shape[:3])}, as x",
+            tuple(log_a.shape),
+            "Give one value per token and head.",
+        )
     if B.shape != C.shape or B.shape[:2] != x.shape[:2]:
-        raise fail("ssd.B_BLGN", "B and C have one shape and the batch and length of x", (tuple(B.shape), tuple(C.shape)), "Check both.")
+        raise fail(
+            "ssd.B_BLGN",
+            "B and C have one shape and the batch and length of x",
+            (tuple(B.shape), tuple(C.shape)),
+            "Check both.",
+        )
     if x.shape[2] % B.shape[2]:
         raise fail("ssd.B_BLGN", f"groups must divide the {x.shape[2]} heads", B.shape[2], "Repeat the groups to fit.")

@@ -1,8 +1,8 @@
-"""The selective scan in chunks of Q tokens: matrix products inside a chunk, a short loop over chunk states [Mamba-2, section 6].
+"""The selective scan in chunks of Q tokens: matrix products inside, a short loop over states [Mamba-2, section 6].
 
 Forward and backward are written out, because autograd keeps five Q x Q tensors alive where one recomputed one does.
-The gradient of the log-decay follows from the outputs' invariance: raising every cumulative decay at t scales C_t up and
-B_t down, hence d log_a = reverse-cumsum(<C, dC> - <B, dB>), plus <S, dS> of the final state at the last token.
+The gradient of the log-decay: raising the cumulative decay at t scales C_t up and B_t down, hence
+d log_a = reverse-cumsum(<C, dC> - <B, dB>), plus <S, dS> of the final state at the last token.
 
 B batch, L length, H heads, P head width, N state width, Z = B*H, K chunks, Q chunk length.
 """
@@ -42,7 +42,7 @@ def _from_chunks(t_ZKQD: Tensor, batch: int, length: int) -> Tensor:
 
 
 class _Decay:
-    """The decay factors of every chunk, with document borders as masks (a log-decay of -inf would give NaN gradients)."""
+    """Decay factors of every chunk; document borders are masks, since a log-decay of -inf gives NaN gradients."""
 
     def __init__(self, log_a_BLH: Tensor, segment_BL: Tensor | None, chunk: int) -> None:
         heads = log_a_BLH.shape[2]
@@ -121,7 +121,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _state_gradients(dbefore_ZKNP: Tensor, carry_ZK: Tensor, dfinal_BHPN: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the state after each chunk, given what each chunk reads of the state before it; and of the initial state."""
+    """Gradients of the state after each chunk, from what each reads of the one before; and of the initial state."""
     dstate_ZNP = dfinal_BHPN.flatten(0, 1).transpose(-1, -2)
     dafter_ZKNP = torch.empty_like(dbefore_ZKNP)
     for k in reversed(range(dbefore_ZKNP.shape[1])):

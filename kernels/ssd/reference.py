@@ -1,4 +1,4 @@
-"""The selective scan as its recurrence, one token after the other: slow, obvious, and what every other backend is tested against.
+"""The selective scan as its recurrence, token by token: slow, obvious, and what other backends are tested against.
 
     S_t = a_t S_{t-1} + w_t x_t B_t^T        y_t = S_t C_t + D x_t        a_t = exp(log_a_t)      [Mamba-2, eq. 1 and 6]
 

@@ -13,12 +13,10 @@ from . import __doc__ as summary
 from . import verbs
 from .errors import UserError
 
-Target = tyro.conf.Positional
-
 
 def convert(
-    recipe: Target[str],
-    overrides: Target[tuple[str, ...]] = (),
+    recipe: tyro.conf.Positional[str],
+    overrides: tyro.conf.Positional[tuple[str, ...]] = (),
     run_dir: str | None = None,
     until: str | None = None,
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None,
@@ -41,7 +39,11 @@ def convert(
         _curves(path)
 
 
-def plan(target: Target[str], overrides: Target[tuple[str, ...]] = (), as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def plan(
+    target: tyro.conf.Positional[str],
+    overrides: tyro.conf.Positional[tuple[str, ...]] = (),
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
     """Show what a conversion would do and cost, before anything is trained.
 
     Args:
@@ -58,7 +60,7 @@ def plan(target: Target[str], overrides: Target[tuple[str, ...]] = (), as_json: 
     print_plan(result)
 
 
-def status(run: Target[str]) -> None:
+def status(run: tyro.conf.Positional[str]) -> None:
     """Show how far each stage of a run is.
 
     Args:
@@ -71,7 +73,9 @@ def status(run: Target[str]) -> None:
     print(f"final: {'yes' if result['final'] else 'no'}, report: {'yes' if result['report'] else 'no'}")
 
 
-def evaluate(run: Target[str], suite: Literal["short", "full"] = "full", tokens: int | None = None) -> None:
+def evaluate(
+    run: tyro.conf.Positional[str], suite: Literal["short", "full"] = "full", tokens: int | None = None
+) -> None:
     """Measure a finished run beside its teacher and the untrained controls.
 
     Args:
@@ -82,7 +86,13 @@ def evaluate(run: Target[str], suite: Literal["short", "full"] = "full", tokens:
     _print_report(verbs.evaluate_run(run, suite, tokens, _line))
 
 
-def generate(model: Target[str], prompt: Target[str], max_new_tokens: int = 64, temperature: float = 0.0, chat: bool = False) -> None:
+def generate(
+    model: tyro.conf.Positional[str],
+    prompt: tyro.conf.Positional[str],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    chat: bool = False,
+) -> None:
     """Continue a prompt with a converted hybrid.
 
     Args:
@@ -95,7 +105,11 @@ def generate(model: Target[str], prompt: Target[str], max_new_tokens: int = 64, 
     print(verbs.generate(model, prompt, max_new_tokens, temperature, chat))
 
 
-def data_pack(out: Target[str], sources: Target[tuple[str, ...]] = ("default",), teacher: str = "smollm2-135m") -> None:
+def data_pack(
+    out: tyro.conf.Positional[str],
+    sources: tyro.conf.Positional[tuple[str, ...]] = ("default",),
+    teacher: str = "smollm2-135m",
+) -> None:
     """Tokenise and pack text into memory-mapped shards.
 
     Args:
@@ -155,7 +169,7 @@ def run(arguments: Sequence[str]) -> int:
         "data-pack": data_pack, "doctor": doctor,
     }  # fmt: skip
     for name, function in commands.items():
-        app.command(function, name=name)
+        app.command(name=name)(function)
     # `ssmorph data pack` reads better than a hyphen
     words = list(arguments)
     if words[:2] == ["data", "pack"]:

@@ -71,12 +71,12 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     import yaml
 
     from .stages.checkpoint_names import newest_step
-    from .stages.recipe import from_dict
+    from .stages.recipe import build
 
     folder = Path(run_dir)
     if not (folder / "config.yaml").is_file():
         raise fail("status", "must be a run directory", str(run_dir), "Point to the folder with config.yaml.")
-    config = from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    config = build(yaml.safe_load((folder / "config.yaml").read_text()))
     stages = []
     for name in config.stage_names():
         done = folder / name / "DONE"
@@ -85,17 +85,26 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         if done.exists():
             row["summary"] = json.loads(done.read_text())["summary"]
         stages.append(row)
-    return {"run": str(folder), "stages": stages, "final": (folder / "final").is_dir(), "report": (folder / "report.json").is_file()}
+    return {
+        "run": str(folder),
+        "stages": stages,
+        "final": (folder / "final").is_dir(),
+        "report": (folder / "report.json").is_file(),
+    }
 
 
-def evaluate_run(run_dir: str | Path, suite: str = "full", tokens: int | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+def evaluate_run(
+    run_dir: str | Path, suite: str = "full", tokens: int | None = None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Measures a finished run with a suite, beside its teacher and controls; writes report-SUITE.json into the run."""
     from .stages.reevaluate import reevaluate
 
     return reevaluate(Path(run_dir), suite, tokens, say)
 
 
-def generate(folder: str | Path, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, chat: bool = False) -> str:
+def generate(
+    folder: str | Path, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, chat: bool = False
+) -> str:
     """Text that a converted hybrid continues a prompt with; greedy where temperature is 0.
 
     Args:
@@ -108,19 +117,20 @@ def generate(folder: str | Path, prompt: str, max_new_tokens: int = 64, temperat
     from . import hf  # noqa: F401  registers the classes
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise fail("generate", "must be a folder or hub id with a model", f"{folder}: {first}", "Point to a run's final/.") from error
+        raise fail(
+            "generate", "must be a folder or hub id with a model", f"{folder}: {first}", "Point to a run's final/."
+        ) from error
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
-    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def pack(out: str | Path, teacher: str, *sources: str, say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -57,9 +57,9 @@ def test_gradients() -> None:
 
 
 def test_wrong_channels_are_named() -> None:
-    with pytest.raises(ValueError, match="causal_conv.weight_CK"):
+    with pytest.raises(ValueError, match=r"causal_conv\.weight_CK"):
         causal_conv(draw(1, 4, 3), draw(4, 4))
-    with pytest.raises(ValueError, match="causal_conv.past_BKC"):
+    with pytest.raises(ValueError, match=r"causal_conv\.past_BKC"):
         causal_conv(draw(1, 4, 3), draw(3, 4), past_BKC=draw(1, 2, 3))
 
 
@@ -71,5 +71,5 @@ def test_norm_is_per_group() -> None:
         expected = weight[2 * group : 2 * group + 2] * part / (part.square().mean(-1, keepdim=True) + 1e-3).sqrt()
         own = gated_group_norm(y, gate, weight, groups=3, eps=1e-3)[..., 2 * group : 2 * group + 2]
         assert torch.allclose(own, expected)
-    with pytest.raises(ValueError, match="gated_group_norm.groups"):
+    with pytest.raises(ValueError, match=r"gated_group_norm\.groups"):
         gated_group_norm(y, gate, weight, groups=4, eps=1e-3)

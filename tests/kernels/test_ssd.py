@@ -21,7 +21,13 @@ CASES = {
 
 
 def inputs(
-    batch: int = 1, length: int = 16, heads: int = 2, groups: int | None = None, width: int = 4, state: int = 3, decay: float = 0.3
+    batch: int = 1,
+    length: int = 16,
+    heads: int = 2,
+    groups: int | None = None,
+    width: int = 4,
+    state: int = 3,
+    decay: float = 0.3,
 ) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
 
@@ -44,7 +50,9 @@ def outputs_and_gradients(tensors: dict[str, Tensor], backend: str, **options: T
     leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
     y, state = ssd(**leaves, **options, backend=backend)
     g = torch.Generator().manual_seed(1)
-    loss = (y * torch.randn(y.shape, generator=g, dtype=y.dtype)).sum() + (state * torch.randn(state.shape, generator=g, dtype=state.dtype)).sum()
+    loss = (y * torch.randn(y.shape, generator=g, dtype=y.dtype)).sum() + (
+        state * torch.randn(state.shape, generator=g, dtype=state.dtype)
+    ).sum()
     loss.backward()
     return [y.detach(), state.detach(), *(t.grad for t in leaves.values())]
 
@@ -100,7 +108,9 @@ def test_prefill_in_chunks_then_steps() -> None:
     state = state.clone()
     for i in range(120, 150):
         own = {n: t[n][:, i] for n in sequence}
-        y = ssd_step(state, own["x_BLHP"], own["log_a_BLH"], own["B_BLGN"], own["C_BLGN"], w_BH=own["w_BLH"], D_H=t["D_H"])
+        y = ssd_step(
+            state, own["x_BLHP"], own["log_a_BLH"], own["B_BLGN"], own["C_BLGN"], w_BH=own["w_BLH"], D_H=t["D_H"]
+        )
         parts.append(y.unsqueeze(1))
     assert (torch.cat(parts, 1) - full).abs().max() < 1e-10
     assert (state - final).abs().max() < 1e-10

@@ -1,0 +1,207 @@
+"""Where text comes from: the default corpus found in installed packages, local files, chat logs, hub datasets.
+
+Held-out documents are chosen by the hash of their id, so they never move when others are added. Near-duplicates, which
+share more than a third of their eight-word shingles with a document kept before, are removed from all sets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import fail
+from .config import DataConfig
+from .packages import DOMAIN, SOURCES
+
+SHINGLE = 8
+DUPLICATE_SHARE = 1 / 3
+# every how many-th shingle is remembered, by its hash
+SAMPLE = 8
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, or one conversation; the id is stable and names its source."""
+
+    text: str
+    source: str
+    id: str
+    messages: tuple[dict[str, str], ...] | None = None
+
+
+@dataclass
+class Corpus:
+    """Documents to train on, documents held out of each source, and a domain that is never trained on."""
+
+    train: list[Document] = field(default_factory=list)
+    heldout: dict[str, list[Document]] = field(default_factory=dict)
+    domain: tuple[str, list[Document]] | None = None
+    provenance: list[dict[str, Any]] = field(default_factory=list)
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """All documents of a recipe's sources.
+
+    Raises:
+        ValueError: a missing package or file, an undecodable or empty source.
+    """
+    corpus = Corpus()
+    seen: set[int] = set()
+    for source in config.sources:
+        for name, licence, documents in _read(source, config):
+            _add(corpus, name, licence, documents, config, seen)
+    if "default" in config.sources:
+        name, licence, read = DOMAIN
+        documents = [Document(text, name, f"{name}/{key}") for key, text in read()]
+        corpus.domain = (name, _distinct(documents, seen))
+        corpus.provenance.append(_provenance(name, f"{licence}; never trained on", corpus.domain[1]))
+    _cap(corpus)
+    if not corpus.train:
+        raise fail("data.sources", "must hold text", f"{', '.join(config.sources)} (empty)", "Add documents.")
+    # one order for all machines: documents of different sources come mixed
+    corpus.train.sort(key=lambda d: _hash(d.id))
+    return corpus
+
+
+def _read(source: str, config: DataConfig) -> Iterable[tuple[str, str, list[Document]]]:
+    if source == "default":
+        for name, licence, read in SOURCES:
+            yield name, licence, [Document(text, name, f"{name}/{key}") for key, text in read()]
+    elif source.startswith("hub:"):
+        yield source, "see the dataset's card", _hub(source[4:], config)
+    else:
+        yield Path(source).name, "the user's own", list(_files(Path(source).expanduser(), config))
+
+
+def _add(corpus: Corpus, name: str, licence: str, documents: list[Document], config: DataConfig, seen: set[int]) -> None:
+    documents = _distinct([d for d in documents if d.messages or d.text.strip()], seen)
+    if len(documents) == 1 and not documents[0].messages:
+        documents = _parts(documents[0])
+    ranked = sorted(documents, key=lambda d: _hash(d.id))
+    threshold = config.heldout_percent / 100 * 2**64
+    held = [d for d in ranked if _hash(d.id) < threshold]
+    if len(documents) > 4:
+        held = ranked[: max(2, len(held))]
+    chosen = {d.id for d in held}
+    corpus.heldout[name] = held
+    corpus.train += [d for d in documents if d.id not in chosen]
+    corpus.provenance.append(_provenance(name, licence, documents))
+
+
+def _provenance(name: str, licence: str, documents: list[Document]) -> dict[str, Any]:
+    return {"source": name, "licence": licence, "documents": len(documents), "bytes": sum(map(_size, documents))}
+
+
+def _size(document: Document) -> int:
+    return len(document.text.encode()) if document.messages is None else len(json.dumps(document.messages))
+
+
+def _parts(document: Document) -> list[Document]:
+    """A single long document as runs of paragraphs of at least 4 kB, so that some of it can be held out."""
+    parts, run = [], ""
+    for paragraph in re.split(r"\n\s*\n", document.text):
+        run += paragraph + "\n\n"
+        if len(run) >= 4096:
+            parts.append(run.strip())
+            run = ""
+    parts += [run.strip()] if run.strip() else []
+    return [Document(text, document.source, f"{document.id}#{i}") for i, text in enumerate(parts)]
+
+
+def _cap(corpus: Corpus) -> None:
+    """Drops documents of a source of the default kind that fills over half of the training text, last hashes first."""
+    sizes: dict[str, int] = {}
+    for d in corpus.train:
+        sizes[d.source] = sizes.get(d.source, 0) + _size(d)
+    largest = max(sizes, key=lambda name: sizes[name], default=None)
+    if largest is None or len(sizes) < 3:
+        return
+    room = sum(sizes.values()) - sizes[largest]
+    for d in sorted((d for d in corpus.train if d.source == largest), key=lambda d: _hash(d.id), reverse=True):
+        if sizes[largest] <= room:
+            break
+        corpus.train.remove(d)
+        sizes[largest] -= _size(d)
+
+
+def _distinct(documents: list[Document], seen: set[int]) -> list[Document]:
+    kept = []
+    for document in documents:
+        marks = _marks(document.text)
+        if not marks or len(marks & seen) <= DUPLICATE_SHARE * len(marks):
+            kept.append(document)
+            seen |= marks
+    return kept
+
+
+def _marks(text: str) -> set[int]:
+    """Hashes of a fixed sample of the text's shingles: the same shingle is in every text's sample or in none."""
+    words = re.findall(r"\w+", text.lower())
+    shingles = (" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1))
+    hashes = (int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "big") for s in shingles)
+    return {h for h in hashes if h % SAMPLE == 0}
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _files(path: Path, config: DataConfig) -> Iterable[Document]:
+    if not path.exists():
+        raise fail("data.sources", "a source is 'default', a file, a folder or hub:NAME", str(path), "Check the path.")
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl")) if path.is_dir() else [path]
+    for file in files:
+        try:
+            content = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise fail("data.sources", "must be readable UTF-8 text", f"{file} ({error})", "Convert the file.") from error
+        if file.suffix == ".jsonl":
+            yield from _lines(file, content, path.name, config)
+        else:
+            yield Document(content, path.name, f"{path.name}/{file.relative_to(path) if path.is_dir() else file.name}")
+
+
+def _lines(file: Path, content: str, source: str, config: DataConfig) -> Iterable[Document]:
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise fail(where, "must be a JSON object", str(error), "Mend that line.") from error
+        yield _record(record, where, source, f"{file.name}:{number}", config)
+
+
+def _record(record: Any, where: str, source: str, key: str, config: DataConfig) -> Document:
+    if isinstance(record, dict) and isinstance(record.get("messages"), list):
+        messages = tuple(record["messages"])
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
+            raise fail(where, "a message has a role and a text content", str(messages)[:80], "Mend that line.")
+        text = "\n".join(m["content"] for m in messages)
+        return Document(text, source, key, messages)
+    if not isinstance(record, dict) or not isinstance(record.get(config.text_field), str):
+        do = "Set data.text_field to the key that holds it."
+        raise fail(where, f"must have text under {config.text_field!r} or 'messages'", str(record)[:80], do)
+    return Document(record[config.text_field], source, key)
+
+
+def _hub(name: str, config: DataConfig) -> list[Document]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise fail("data.sources", "hub datasets need a package", "no 'datasets'", 'Run: pip install "ssmorph[data]"') from error
+    rows = datasets.load_dataset(name, split="train", streaming=config.max_tokens is not None)
+    documents, letters = [], 0
+    for number, row in enumerate(rows):
+        documents.append(_record(dict(row), f"hub:{name}[{number}]", f"hub:{name}", f"{name}:{number}", config))
+        letters += len(documents[-1].text)
+        # about five letters a token: enough text for the limit and the held-out share
+        if config.max_tokens is not None and letters > 8 * config.max_tokens:
+            break
+    return documents
