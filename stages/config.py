@@ -61,7 +61,7 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Text to train on. `sources`: `default` (text found in installed packages), files, folders, or `hub:NAME`."""
+    """Text to train on. `sources`: `default` (text in installed packages) or parts of it, files, folders, `hub:NAME`."""
 
     sources: tuple[str, ...] = ("default",)
     window: int = 512

