@@ -30,7 +30,7 @@ class Attended(NamedTuple):
 
 
 class MixerCall(NamedTuple):
-    """One call of a layer's attention: what enters, what reaches its output projection, what leaves; q and k if asked."""
+    """One call of an attention layer: what enters, what reaches the output projection, what leaves; q, k if asked."""
 
     input_BLD: Tensor
     heads_BLE: Tensor

@@ -63,12 +63,17 @@ def fit_heads(
 def _fit_decay(distance_H: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> HeadFit:
     log_a_BLH = -torch.log1p(1 / distance_H).to(v).expand(v.shape[:3])
     ones = v.new_ones(*v.shape[:3], 1)
-    regressors = torch.stack([ssd(v, log_a_BLH, k, q)[0], ssd(v, log_a_BLH, ones, ones)[0], v], dim=-1).double()
-    gram_HRR = torch.einsum("blhpr,blhps->hrs", regressors, regressors)
-    cross_HR = torch.einsum("blhpr,blhp->hr", regressors, o.double())
+    regressors = [ssd(v, log_a_BLH, k, q)[0], ssd(v, log_a_BLH, ones, ones)[0], v]
+    gram_HRR = torch.stack([torch.stack([_products(a, b) for b in regressors], -1) for a in regressors], -2)
+    cross_HR = torch.stack([_products(a, o) for a in regressors], -1)
     ridge = 1e-6 * gram_HRR.diagonal(dim1=-2, dim2=-1)
     weights_HR = torch.linalg.solve(gram_HRR + torch.diag_embed(ridge), cross_HR)
-    total_H = o.double().square().sum((0, 1, 3)).clamp_min(1e-30)
+    total_H = _products(o, o).clamp_min(1e-30)
     error_H = 1 - (weights_HR * cross_HR).sum(-1) / total_H
     gamma_H, beta_H, delta_H = weights_HR.unbind(-1)
     return HeadFit(distance_H.to(error_H), gamma_H, beta_H, delta_H, error_H)
+
+
+def _products(a_BLHP: Tensor, b_BLHP: Tensor) -> Tensor:
+    """Sum of products over tokens and channels, [H]: each window in its own precision, windows in float64."""
+    return (a_BLHP * b_BLHP).sum((1, 3)).double().sum(0)

@@ -25,7 +25,9 @@ def encode(document: Document, tokenizer: Any, loss_on: str) -> Encoded:
         tokens = tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
         return Encoded(tokens, [True] * len(tokens))
     if not tokenizer.chat_template:
-        raise fail("data.sources", "chat data needs a tokenizer with a chat template", "none", "Use a chat model's tokenizer.")
+        raise fail(
+            "data.sources", "chat data needs a tokenizer with a chat template", "none", "Use a chat model's tokenizer."
+        )
     messages = list(document.messages)
     whole = _render(tokenizer, messages, False)
     if loss_on == "all":
@@ -42,7 +44,10 @@ def _with_answers(tokenizer: Any, messages: list[dict[str, str]], whole: str) ->
             before, after = _render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)
             if not (whole.startswith(before) and whole.startswith(after)):
                 raise fail(
-                    "data.loss_on", "'answers' needs a template that only appends", "one that rewrites the past", "Use 'all'."
+                    "data.loss_on",
+                    "'answers' needs a template that only appends",
+                    "one that rewrites the past",
+                    "Use 'all'.",
                 )
             spans.append((len(before), len(after)))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)

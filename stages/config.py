@@ -61,7 +61,7 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Text to train on. `sources`: `default` (text in installed packages) or parts of it, files, folders, `hub:NAME`."""
+    """Text to train on. `sources`: `default` (text in installed packages), parts of it, files, folders, `hub:NAME`."""
 
     sources: tuple[str, ...] = ("default",)
     window: int = 512
@@ -91,14 +91,17 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with a warm-up / stable / decay schedule. Rates are peaks; `rest_lr` 0 freezes all but the mixers."""
+    """Relative AdamW (optim.py) with a warm-up / stable / decay schedule.
 
-    lr: float = 1e-3
+    Rates are peaks, as shares of a row's size per step; `rest_lr` 0 freezes all but the mixers.
+    """
+
+    lr: float = 3e-4
     rest_lr: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
-    warmup_percent: float = 10.0
-    decay_percent: float = 10.0
+    warmup_percent: float = 20.0
+    decay_percent: float = 40.0
     final_lr_ratio: float = 0.0
     clip: float = 1.0
 

@@ -79,7 +79,9 @@ def _read(source: str, config: DataConfig) -> Iterable[tuple[str, str, list[Docu
         yield Path(source).name, "the user's own", list(_files(Path(source).expanduser(), config))
 
 
-def _add(corpus: Corpus, name: str, licence: str, documents: list[Document], config: DataConfig, seen: set[int]) -> None:
+def _add(
+    corpus: Corpus, name: str, licence: str, documents: list[Document], config: DataConfig, seen: set[int]
+) -> None:
     documents = _distinct([d for d in documents if d.messages or d.text.strip()], seen)
     if len(documents) == 1 and not documents[0].messages:
         documents = _parts(documents[0])
@@ -155,13 +157,17 @@ def _hash(text: str) -> int:
 def _files(path: Path, config: DataConfig) -> Iterable[Document]:
     if not path.exists():
         do = nearest(str(path), ["default", *(s[0] for s in SOURCES)])
-        raise fail("data.sources", "a source is 'default', one of its parts, a file, a folder or hub:NAME", str(path), do)
+        raise fail(
+            "data.sources", "a source is 'default', one of its parts, a file, a folder or hub:NAME", str(path), do
+        )
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl")) if path.is_dir() else [path]
     for file in files:
         try:
             content = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise fail("data.sources", "must be readable UTF-8 text", f"{file} ({error})", "Convert the file.") from error
+            raise fail(
+                "data.sources", "must be readable UTF-8 text", f"{file} ({error})", "Convert the file."
+            ) from error
         if file.suffix == ".jsonl":
             yield from _lines(file, content, path.name, config)
         else:
@@ -197,7 +203,9 @@ def _hub(name: str, config: DataConfig) -> list[Document]:
     try:
         import datasets
     except ImportError as error:
-        raise fail("data.sources", "hub datasets need a package", "no 'datasets'", 'Run: pip install "ssmorph[data]"') from error
+        raise fail(
+            "data.sources", "hub datasets need a package", "no 'datasets'", 'Run: pip install "ssmorph[data]"'
+        ) from error
     rows = datasets.load_dataset(name, split="train", streaming=config.max_tokens is not None)
     documents, letters = [], 0
     for number, row in enumerate(rows):

@@ -80,7 +80,9 @@ def _pack(corpus: Corpus, tokenizer: Any, config: DataConfig, folder: Path) -> N
         index["sets"][name] = {"file": number, "tokens": len(tokens), "starts": starts}
     if index["sets"]["train"]["tokens"] < config.window + 1:
         got = f"{index['sets']['train']['tokens']} tokens"
-        raise fail("data.sources", f"must hold at least one window of {config.window} tokens to train on", got, "Add text.")
+        raise fail(
+            "data.sources", f"must hold at least one window of {config.window} tokens to train on", got, "Add text."
+        )
     (folder / INDEX).write_text(json.dumps(index))
 
 
@@ -144,9 +146,13 @@ class PackedData:
     def check(self, tokenizer: Any, config: DataConfig) -> None:
         """Raises ValueError if the shards were made by another tokenizer or from other sources."""
         if tokenizer_hash(tokenizer) != self._index["tokenizer"]:
-            raise fail(str(self.folder), "must be packed with the teacher's tokenizer", "another one", "Delete the folder.")
+            raise fail(
+                str(self.folder), "must be packed with the teacher's tokenizer", "another one", "Delete the folder."
+            )
         if _key(config) != self._index["config"]:
-            raise fail(str(self.folder), "must be packed from the recipe's data", "other settings", "Delete the folder.")
+            raise fail(
+                str(self.folder), "must be packed from the recipe's data", "other settings", "Delete the folder."
+            )
         if self.train_tokens < config.window + 1:
             raise fail("data.window", f"must fit the {self.train_tokens} training tokens", config.window, "Add text.")
 
@@ -181,7 +187,8 @@ class PackedData:
     def heldout_windows(self, name: str, window: int, max_tokens: int) -> Tensor:
         """Windows of a held-out set, [W, L] int64: always the same, each starting where a document does if it can."""
         tokens, starts = self._tokens[name], self._index["sets"][name]["starts"]
-        rows, free = [], 0
+        rows: list[Any] = []
+        free = 0
         for start in [*starts, len(tokens)]:
             # what is left of the documents before, once it fills a window
             while free + window <= start and len(rows) * window < max_tokens:

@@ -125,5 +125,5 @@ def print_plan(plan: dict[str, Any]) -> None:
     for name, stage in estimate["stages"].items():
         console.print(f"  {name:14} {stage['tokens']:>9,} tokens  about {stage['minutes']} min here")
     console.print(
-        f"About {estimate['minutes']} min and {estimate['memory_gib']} GiB here ({estimate['matmul_gflops']} GFLOP/s measured)."
+        f"About {estimate['minutes']} min and {estimate['memory_gib']} GiB here ({estimate['matmul_gflops']} GFLOP/s)."
     )

@@ -1,4 +1,4 @@
-"""Rates and clipping: two peaks, mixers and the rest, with a warm-up / stable / decay schedule restarted in every stage."""
+"""Rates and clipping: peaks for mixers and rest, a warm-up / stable / decay schedule that restarts in every stage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOGARITHMS = ("A_log", "dt_bias", "a_bias")
 
 
 def optimizer(mixers: dict[str, nn.Parameter], rest: dict[str, nn.Parameter], config: OptimConfig) -> RelativeAdamW:
-    """The optimiser of a stage; vectors (biases, decays, norms) have no weight decay. `rest` stays put at `rest_lr` 0."""
+    """A stage's optimiser; vectors (biases, decays, norms) have no weight decay; `rest` stays put at `rest_lr` 0."""
     groups: list[dict[str, Any]] = []
     for lr, parameters in ((config.lr, mixers), (config.rest_lr, rest if config.rest_lr else {})):
         for name, p in parameters.items():

@@ -1,4 +1,4 @@
-"""The copy: whole head blocks, scales and biases, checked on the mixing matrix and on features, not on outputs alone."""
+"""The copy: whole head blocks, scales and biases, checked on the mixing matrix, where a wrong repeat shows."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def test_captured_attention_is_the_eager_attention() -> None:
         attended = calls[layer].attended
         assert attended is not None
         for start, rows in attention_rows(attended, rows=32):
-            assert torch.allclose(rows, expected[layer][:, :, start : start + rows.shape[2], : rows.shape[3]], atol=1e-5)
+            assert torch.allclose(
+                rows, expected[layer][:, :, start : start + rows.shape[2], : rows.shape[3]], atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "discrete_mamba2"])

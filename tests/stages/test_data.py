@@ -1,0 +1,143 @@
+"""Packed data: what is on disk is the text, batches depend on (seed, step, rank) alone, damage and mismatch are errors.
+
+B batch, L window length, W windows.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssmorph.convert.tiny import byte_tokenizer
+from ssmorph.stages.config import DataConfig
+from ssmorph.stages.corpus import load_corpus
+from ssmorph.stages.data import PackedData, open_or_pack
+
+L = 32
+TOKENIZER = byte_tokenizer()
+
+
+def text(seed: int, count: int = 25) -> str:
+    return " ".join(f"w{seed}x{i}" for i in range(count))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("texts") / "some"
+    folder.mkdir()
+    for seed in range(20):
+        (folder / f"{seed}.txt").write_text(text(seed))
+    return DataConfig(sources=(str(folder),), window=L)
+
+
+@pytest.fixture
+def packed(config: DataConfig, tmp_path: Path) -> PackedData:
+    return pack(config, tmp_path / "packed")
+
+
+def pack(config: DataConfig, folder: Path, tokenizer: Any = TOKENIZER) -> PackedData:
+    return open_or_pack(config, tokenizer, folder, lambda _line: None)
+
+
+def epoch(packed: PackedData, seed: int, steps: range, batch: int = 1) -> torch.Tensor:
+    return torch.cat([packed.batch(seed, step, 0, 1, batch, L).tokens_BL for step in steps])
+
+
+def test_windows_are_pieces_of_the_documents_joined_by_end_of_text(config: DataConfig, packed: PackedData) -> None:
+    corpus = load_corpus(config)
+    whole = "".join(d.text + TOKENIZER.eos_token for d in corpus.train)
+    assert packed.train_tokens == sum(len(d.text.encode()) + 1 for d in corpus.train)
+    batch = packed.batch(0, 5, 0, 1, 4, L)
+    assert batch.tokens_BL.dtype == torch.int64
+    assert batch.loss_mask_BL.dtype == torch.bool
+    assert batch.tokens_BL.shape == batch.loss_mask_BL.shape == (4, L)
+    assert all(TOKENIZER.decode(row) in whole for row in batch.tokens_BL)
+    held = " ".join(d.text for d in corpus.heldout["some"])
+    assert not any(TOKENIZER.decode(row) in held for row in batch.tokens_BL)
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_ranks_together_see_what_one_process_sees(packed: PackedData, world: int) -> None:
+    for step in (0, 7, 40, 400):
+        alone = packed.batch(3, step, 0, 1, 6, L)
+        ranks = [packed.batch(3, step, rank, world, 6 // world, L) for rank in range(world)]
+        assert torch.equal(torch.cat([r.tokens_BL for r in ranks]), alone.tokens_BL)
+        assert torch.equal(torch.cat([r.loss_mask_BL for r in ranks]), alone.loss_mask_BL)
+
+
+def test_a_batch_depends_on_nothing_that_was_asked_before(config: DataConfig, packed: PackedData) -> None:
+    straight = epoch(packed, 1, range(60), 2)
+    again = PackedData(packed.folder)
+    again.batch(9, 1000, 0, 1, 2, L)
+    assert torch.equal(epoch(again, 1, range(40, 60), 2), straight[80:])
+
+
+def test_an_epoch_visits_each_window_once_and_the_next_cuts_elsewhere(packed: PackedData) -> None:
+    count = packed.train_tokens // L - 1
+    first, second = epoch(packed, 0, range(count)), epoch(packed, 0, range(count, 2 * count))
+    assert len(first.unique(dim=0)) == count
+    assert not {tuple(r.tolist()) for r in first} & {tuple(r.tolist()) for r in second}
+    assert not torch.equal(first, epoch(packed, 1, range(count)))
+
+
+def test_max_tokens_limits_training_alone(config: DataConfig, packed: PackedData, tmp_path: Path) -> None:
+    short = pack(DataConfig(sources=config.sources, window=L, max_tokens=300), tmp_path / "short")
+    assert short.train_tokens == 300
+    assert torch.equal(short.heldout_windows("some", L, 999), packed.heldout_windows("some", L, 999))
+
+
+def test_held_out_windows_hold_the_held_out_text(config: DataConfig, packed: PackedData) -> None:
+    assert packed.heldout_names() == ["some"]
+    assert packed.domain_name is None
+    whole = "".join(d.text + TOKENIZER.eos_token for d in load_corpus(config).heldout["some"])
+    windows_WL = packed.heldout_windows("some", L, 10_000)
+    assert windows_WL.dtype == torch.int64
+    assert len(windows_WL) >= 2
+    assert all(TOKENIZER.decode(row) in whole for row in windows_WL)
+    assert whole.startswith(TOKENIZER.decode(windows_WL[0]))
+    assert torch.equal(packed.heldout_windows("some", L, 2 * L), windows_WL[:2])
+
+
+def test_a_corpus_shorter_than_a_window_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="window of 99999 tokens"):
+        pack(DataConfig(sources=config.sources, window=99_999), tmp_path / "packed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_truncated_shard_is_refused(config: DataConfig, packed: PackedData) -> None:
+    shard = max(packed.folder.glob("*.tokens"), key=lambda f: f.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="bytes"):
+        PackedData(packed.folder)
+
+
+def test_a_folder_that_is_no_packed_data_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(ValueError, match="must be packed data"):
+        PackedData(tmp_path)
+
+
+def test_another_tokenizer_or_other_data_are_refused(config: DataConfig, packed: PackedData, tmp_path: Path) -> None:
+    other = copy.deepcopy(TOKENIZER)
+    other.add_tokens(["ssm"])
+    with pytest.raises(ValueError, match="tokenizer"):
+        pack(config, packed.folder, other)
+    with pytest.raises(ValueError, match="other settings"):
+        pack(DataConfig(sources=config.sources, window=L, heldout_percent=9), packed.folder)
+    assert pack(DataConfig(sources=config.sources, window=16), packed.folder).train_tokens == packed.train_tokens
+
+
+def test_a_kill_while_packing_leaves_no_folder(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssmorph.stages.data._key", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pack(config, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
