@@ -22,6 +22,9 @@ SHINGLE = 8
 DUPLICATE_SHARE = 1 / 3
 # every how many-th shingle is remembered, by its hash
 SAMPLE = 8
+# fewer texts than this are cut into parts, so that some can be held out
+FEWEST = 4
+PART = 8192
 
 
 @dataclass(frozen=True)
@@ -48,23 +51,30 @@ def load_corpus(config: DataConfig) -> Corpus:
     """All documents of a recipe's sources.
 
     Raises:
-        ValueError: a missing package or file, an undecodable or empty source.
+        ValueError: a missing package or file, an undecodable or empty source, two sources of one name.
     """
     corpus = Corpus()
     seen: set[int] = set()
+    licences: dict[str, str] = {}
     for source in config.sources:
         for name, licence, documents in _read(source, config):
-            _add(corpus, name, licence, documents, config, seen)
+            if name in licences:
+                raise fail("data.sources", "sources must have different names", f"{name} twice", "Rename or drop one.")
+            licences[name] = licence
+            _add(corpus, name, documents, config, seen)
+    # a user's own text is never cut down
+    if licences.keys() <= {name for name, _, _ in SOURCES}:
+        _cap(corpus)
+    # one order for all machines: documents of different sources come mixed
+    corpus.train.sort(key=lambda d: (_hash(d.id), d.id))
+    for name, licence in licences.items():
+        trained = [d for d in corpus.train if d.source == name]
+        corpus.provenance.append(_provenance(name, licence, trained))
     if "default" in config.sources:
         name, licence, read = DOMAIN
         documents = [Document(text, name, f"{name}/{key}") for key, text in read()]
         corpus.domain = (name, _distinct(documents, seen))
         corpus.provenance.append(_provenance(name, f"{licence}; never trained on", corpus.domain[1]))
-    _cap(corpus)
-    if not corpus.train:
-        raise fail("data.sources", "must hold text", f"{', '.join(config.sources)} (empty)", "Add documents.")
-    # one order for all machines: documents of different sources come mixed
-    corpus.train.sort(key=lambda d: _hash(d.id))
     return corpus
 
 
@@ -79,21 +89,19 @@ def _read(source: str, config: DataConfig) -> Iterable[tuple[str, str, list[Docu
         yield Path(source).name, "the user's own", list(_files(Path(source).expanduser(), config))
 
 
-def _add(
-    corpus: Corpus, name: str, licence: str, documents: list[Document], config: DataConfig, seen: set[int]
-) -> None:
-    documents = _distinct([d for d in documents if d.messages or d.text.strip()], seen)
-    if len(documents) == 1 and not documents[0].messages:
-        documents = _parts(documents[0])
+def _add(corpus: Corpus, name: str, documents: list[Document], config: DataConfig, seen: set[int]) -> None:
+    """Splits a source: held out are the lowest hashes, at least two documents, at most half."""
+    documents = _distinct([d for d in documents if d.text.strip()], seen)
+    if len(documents) < FEWEST and not any(d.messages for d in documents):
+        documents = [part for d in documents for part in _parts(d)]
+    if len(documents) < 2:
+        got = f"{len(documents)} in {name}"
+        raise fail("data.sources", "a source holds two documents or more that no other repeats", got, "Add documents.")
     ranked = sorted(documents, key=lambda d: _hash(d.id))
-    threshold = config.heldout_percent / 100 * 2**64
-    held = [d for d in ranked if _hash(d.id) < threshold]
-    if len(documents) > 4:
-        held = ranked[: max(2, len(held))]
-    chosen = {d.id for d in held}
-    corpus.heldout[name] = held
-    corpus.train += [d for d in documents if d.id not in chosen]
-    corpus.provenance.append(_provenance(name, licence, documents))
+    below = sum(_hash(d.id) < config.heldout_percent / 100 * 2**64 for d in ranked)
+    count = min(max(2, below), len(ranked) // 2)
+    corpus.heldout[name] = ranked[:count]
+    corpus.train += ranked[count:]
 
 
 def _provenance(name: str, licence: str, documents: list[Document]) -> dict[str, Any]:
@@ -105,38 +113,39 @@ def _size(document: Document) -> int:
 
 
 def _parts(document: Document) -> list[Document]:
-    """A single long document as runs of paragraphs of at least 4 kB, so that some of it can be held out."""
-    parts, run = [], ""
-    for paragraph in re.split(r"\n\s*\n", document.text):
-        run += paragraph + "\n\n"
-        if len(run) >= 4096:
-            parts.append(run.strip())
-            run = ""
-    parts += [run.strip()] if run.strip() else []
+    """A text cut at paragraphs, else at lines, else at spaces, into eight parts or more of about 8 kB at most."""
+    parts, rest = [], document.text.strip()
+    size = max(1, min(PART, len(rest) // 8))
+    while rest:
+        found = (rest.find(mark, size // 2, 2 * size) for mark in ("\n\n", "\n", " "))
+        end = next((at for at in found if at > 0), size) if len(rest) > size else len(rest)
+        parts.append(rest[:end].strip())
+        rest = rest[end:].strip()
     return [Document(text, document.source, f"{document.id}#{i}") for i, text in enumerate(parts)]
 
 
 def _cap(corpus: Corpus) -> None:
-    """Drops documents of a source of the default kind that fills over half of the training text, last hashes first."""
+    """Of three or more sources none trains on more text than the others together: its last hashes are dropped."""
     sizes: dict[str, int] = {}
     for d in corpus.train:
         sizes[d.source] = sizes.get(d.source, 0) + _size(d)
-    largest = max(sizes, key=lambda name: sizes[name], default=None)
-    if largest is None or len(sizes) < 3:
+    if len(sizes) < 3:
         return
-    room = sum(sizes.values()) - sizes[largest]
+    largest = max(sizes, key=lambda name: sizes[name])
+    excess, dropped = 2 * sizes[largest] - sum(sizes.values()), set()
     for d in sorted((d for d in corpus.train if d.source == largest), key=lambda d: _hash(d.id), reverse=True):
-        if sizes[largest] <= room:
+        if excess <= 0:
             break
-        corpus.train.remove(d)
-        sizes[largest] -= _size(d)
+        dropped.add(d.id)
+        excess -= _size(d)
+    corpus.train = [d for d in corpus.train if d.id not in dropped]
 
 
 def _distinct(documents: list[Document], seen: set[int]) -> list[Document]:
     kept = []
     for document in documents:
         marks = _marks(document.text)
-        if not marks or len(marks & seen) <= DUPLICATE_SHARE * len(marks):
+        if len(marks & seen) <= DUPLICATE_SHARE * len(marks):
             kept.append(document)
             seen |= marks
     return kept
@@ -144,10 +153,11 @@ def _distinct(documents: list[Document], seen: set[int]) -> list[Document]:
 
 def _marks(text: str) -> set[int]:
     """Hashes of a fixed sample of the text's shingles: the same shingle is in every text's sample or in none."""
-    words = re.findall(r"\w+", text.lower())
-    shingles = (" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1))
-    hashes = (int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "big") for s in shingles)
-    return {h for h in hashes if h % SAMPLE == 0}
+    words = re.findall(r"\w+", text.lower()) or [text]
+    shingles = (" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1)))
+    hashes = {int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "big") for s in shingles}
+    # a text too short to be sampled is known by all its shingles, or its exact copies would stay
+    return {h for h in hashes if h % SAMPLE == 0} or hashes
 
 
 def _hash(text: str) -> int:
@@ -168,14 +178,16 @@ def _files(path: Path, config: DataConfig) -> Iterable[Document]:
             raise fail(
                 "data.sources", "must be readable UTF-8 text", f"{file} ({error})", "Convert the file."
             ) from error
+        key = path.name if file == path else f"{path.name}/{file.relative_to(path).as_posix()}"
         if file.suffix == ".jsonl":
-            yield from _lines(file, content, path.name, config)
+            yield from _lines(file, content, path.name, key, config)
         else:
-            yield Document(content, path.name, f"{path.name}/{file.relative_to(path) if path.is_dir() else file.name}")
+            yield Document(content, path.name, key)
 
 
-def _lines(file: Path, content: str, source: str, config: DataConfig) -> Iterable[Document]:
-    for number, line in enumerate(content.splitlines(), 1):
+def _lines(file: Path, content: str, source: str, key: str, config: DataConfig) -> Iterable[Document]:
+    # splitlines would also cut at U+2028 and its like, which JSON strings may hold
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{file}:{number}"
@@ -183,7 +195,7 @@ def _lines(file: Path, content: str, source: str, config: DataConfig) -> Iterabl
             record = json.loads(line)
         except ValueError as error:
             raise fail(where, "must be a JSON object", str(error), "Mend that line.") from error
-        yield _record(record, where, source, f"{file.name}:{number}", config)
+        yield _record(record, where, source, f"{key}:{number}", config)
 
 
 def _record(record: Any, where: str, source: str, key: str, config: DataConfig) -> Document:

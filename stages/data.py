@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import fail
-from .chat import Encoded, encode
+from .chat import encode
 from .config import DataConfig
 from .corpus import Corpus, Document, load_corpus
 from .rundir import atomic_folder
@@ -36,9 +37,13 @@ class TokenBatch(NamedTuple):
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of the vocabulary, which packed tokens depend on."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(vocabulary.encode()).hexdigest()
+    """A hash of what packed tokens depend on: vocabulary, merges, normalisation, end of text, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    # left behind by the last call, and not used in packing
+    rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    parts = [sorted(tokenizer.get_vocab().items()), rules, tokenizer.eos_token_id, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def open_or_pack(config: DataConfig, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> PackedData:
@@ -61,48 +66,54 @@ def open_or_pack(config: DataConfig, tokenizer: Any, folder: Path, say: Callable
 def _pack(corpus: Corpus, tokenizer: Any, config: DataConfig, folder: Path) -> None:
     vocabulary = len(tokenizer)
     dtype = np.uint16 if vocabulary <= 1 << 16 else np.uint32
-    sets = {"train": corpus.train, **corpus.heldout}
-    if corpus.domain is not None:
-        sets[corpus.domain[0]] = corpus.domain[1]
+    heldout = {**corpus.heldout, **(dict([corpus.domain]) if corpus.domain else {})}
+    train = _write_set(folder, 0, corpus.train, tokenizer, config, dtype, config.max_tokens)
+    if train["tokens"] < config.window + 1:
+        rule = f"must hold at least one window of {config.window} tokens to train on"
+        raise fail("data.sources", rule, f"{train['tokens']} tokens", "Add text.")
     index: dict[str, Any] = {
         "dtype": np.dtype(dtype).name,
         "tokenizer": tokenizer_hash(tokenizer),
         "config": _key(config),
         "domain": corpus.domain[0] if corpus.domain else None,
         "provenance": corpus.provenance,
-        "sets": {},
+        "train": train,
+        "heldout": {
+            name: _write_set(folder, number, documents, tokenizer, config, dtype, None)
+            for number, (name, documents) in enumerate(heldout.items(), start=1)
+        },
     }
-    for number, (name, documents) in enumerate(sets.items()):
-        limit = config.max_tokens if name == "train" else None
-        tokens, losses, starts = _encode_all(documents, tokenizer, config, limit)
-        np.asarray(tokens, dtype=dtype).tofile(folder / f"{number}.tokens")
-        np.asarray(losses, dtype=np.uint8).tofile(folder / f"{number}.loss")
-        index["sets"][name] = {"file": number, "tokens": len(tokens), "starts": starts}
-    if index["sets"]["train"]["tokens"] < config.window + 1:
-        got = f"{index['sets']['train']['tokens']} tokens"
-        raise fail(
-            "data.sources", f"must hold at least one window of {config.window} tokens to train on", got, "Add text."
-        )
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def _encode_all(
-    documents: Iterable[Document], tokenizer: Any, config: DataConfig, limit: int | None
-) -> tuple[list[int], list[bool], list[int]]:
-    tokens: list[int] = []
-    losses: list[bool] = []
-    starts: list[int] = []
+def _write_set(
+    folder: Path,
+    number: int,
+    documents: Iterable[Document],
+    tokenizer: Any,
+    config: DataConfig,
+    dtype: type,
+    limit: int | None,
+) -> dict[str, Any]:
+    """Writes one set document by document, so that no more than one is in memory; returns its entry of the index."""
     end = tokenizer.eos_token_id
     if end is None:
         raise fail("teacher.tokenizer", "must have an end-of-text token", "none", "Use the model's own tokenizer.")
-    for document in documents:
-        encoded: Encoded = encode(document, tokenizer, config.loss_on)
-        starts.append(len(tokens))
-        tokens += [*encoded.tokens, end]
-        losses += [*encoded.loss, True]
-        if limit is not None and len(tokens) >= limit:
-            return tokens[:limit], losses[:limit], starts
-    return tokens, losses, starts
+    starts, count = [], 0
+    with (folder / f"{number}.tokens").open("wb") as tokens, (folder / f"{number}.loss").open("wb") as losses:
+        for document in documents:
+            encoded = encode(document, tokenizer, config.loss_on)
+            room = None if limit is None else limit - count
+            # a template already ends the last answer; the joint after it is nobody's answer
+            closes = document.messages is None or config.loss_on == "all"
+            row: np.ndarray = np.asarray([*encoded.tokens, end][:room], dtype=dtype)
+            row.tofile(tokens)
+            np.asarray([*encoded.loss, closes][:room], dtype=np.uint8).tofile(losses)
+            starts.append(count)
+            count += len(row)
+            if count == limit:
+                break
+    return {"file": number, "tokens": count, "starts": starts}
 
 
 def _key(config: DataConfig) -> dict[str, Any]:
@@ -125,23 +136,28 @@ class PackedData:
         except (OSError, ValueError) as error:
             raise fail(str(folder), "must be packed data", error, "Delete the folder to pack it again.") from error
         dtype = np.dtype(self._index["dtype"])
-        self._tokens, self._loss = {}, {}
-        for name, entry in self._index["sets"].items():
-            file = folder / f"{entry['file']}.tokens"
-            expected = entry["tokens"] * dtype.itemsize
+        self._train, self._loss = self._mapped(self._index["train"], dtype)
+        pairs = {name: self._mapped(entry, dtype) for name, entry in self._index["heldout"].items()}
+        self._heldout = {name: tokens for name, (tokens, _) in pairs.items() if len(tokens)}
+        self.domain_name: str | None = self._index["domain"]
+        self.provenance: list[dict[str, Any]] = self._index["provenance"]
+
+    def _mapped(self, entry: dict[str, Any], dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and loss marks of one set, mapped from disk."""
+        arrays = []
+        for suffix, kind in (("tokens", dtype), ("loss", np.dtype(np.uint8))):
+            file, expected = self.folder / f"{entry['file']}.{suffix}", entry["tokens"] * kind.itemsize
             if not file.is_file() or file.stat().st_size != expected:
                 got = f"{file.stat().st_size} bytes" if file.is_file() else "no file"
                 raise fail(str(file), f"must be {expected} bytes", got, "Delete the folder to pack it again.")
-            if entry["tokens"]:
-                self._tokens[name] = np.memmap(file, dtype=dtype, mode="r")
-                self._loss[name] = np.memmap(folder / f"{entry['file']}.loss", dtype=np.uint8, mode="r")
-        self.domain_name: str | None = self._index["domain"]
-        self.provenance: list[dict[str, Any]] = self._index["provenance"]
+            # an empty file cannot be mapped
+            arrays.append(np.memmap(file, dtype=kind, mode="r") if expected else np.empty(0, kind))
+        return arrays[0], arrays[1]
 
     @property
     def train_tokens(self) -> int:
         """Tokens in the training set."""
-        return int(self._index["sets"]["train"]["tokens"])
+        return int(self._index["train"]["tokens"])
 
     def check(self, tokenizer: Any, config: DataConfig) -> None:
         """Raises ValueError if the shards were made by another tokenizer or from other sources."""
@@ -163,7 +179,7 @@ class PackedData:
         (seed, epoch) alone.
         """
         rows = [self._row(seed, step * world * batch + rank * batch + i, window) for i in range(batch)]
-        tokens, loss = self._tokens["train"], self._loss["train"]
+        tokens, loss = self._train, self._loss
         return TokenBatch(
             torch.from_numpy(np.stack([tokens[r : r + window] for r in rows]).astype(np.int64)),
             torch.from_numpy(np.stack([loss[r : r + window] for r in rows]).astype(bool)),
@@ -182,20 +198,33 @@ class PackedData:
 
     def heldout_names(self) -> list[str]:
         """Names of the held-out sets that hold tokens, the domain included."""
-        return [name for name in self._tokens if name != "train"]
+        return list(self._heldout)
 
     def heldout_windows(self, name: str, window: int, max_tokens: int) -> Tensor:
-        """Windows of a held-out set, [W, L] int64: always the same, each starting where a document does if it can."""
-        tokens, starts = self._tokens[name], self._index["sets"][name]["starts"]
-        rows: list[Any] = []
-        free = 0
-        for start in [*starts, len(tokens)]:
-            # what is left of the documents before, once it fills a window
-            while free + window <= start and len(rows) * window < max_tokens:
-                rows.append(tokens[free : free + window])
-                free += window
-            if start - free < window // 4:
-                free = start
-        if not rows:
+        """Windows of a held-out set, [W, L] int64, always the same: the first of every document, then the second ...
+
+        A window lies inside one document; documents shorter than a window are taken together.
+        """
+        tokens, starts = self._heldout[name], self._index["heldout"][name]["starts"]
+        by_document = _window_starts([*starts, len(tokens)], window)
+        in_turn = [s for turn in zip_longest(*by_document) for s in turn if s is not None]
+        chosen = in_turn[: max(1, max_tokens // window)]
+        if not chosen:
             return torch.empty(0, window, dtype=torch.int64)
-        return torch.from_numpy(np.stack(rows[: max(1, max_tokens // window)]).astype(np.int64))
+        return torch.from_numpy(np.stack([tokens[s : s + window] for s in chosen]).astype(np.int64))
+
+
+def _window_starts(edges: list[int], window: int) -> list[list[int]]:
+    """Where windows begin, for each document that holds some and for each run of short ones that fills one."""
+    groups: list[list[int]] = []
+    run: int | None = None
+    for start, end in pairwise(edges):
+        if end - start >= window:
+            groups.append(list(range(start, end - window + 1, window)))
+            run = None
+            continue
+        run = start if run is None else run
+        if end - run >= window:
+            groups.append([run])
+            run = None
+    return groups

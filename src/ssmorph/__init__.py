@@ -21,7 +21,7 @@ __all__ = ["__version__", "convert", "doctor", "evaluate_run", "generate", "pack
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from importlib import import_module
+        from . import verbs
 
-        return getattr(import_module(".verbs", __name__), name)
+        return getattr(verbs, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

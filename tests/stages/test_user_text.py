@@ -1,0 +1,121 @@
+"""Text of the user's own: nothing of it is lost in silence, and nothing held out is trained on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssmorph.convert.tiny import byte_tokenizer
+from ssmorph.stages.config import DataConfig
+from ssmorph.stages.data import PackedData, open_or_pack, tokenizer_hash
+
+from .test_corpus import TEMPLATE, folder_of, load, words
+
+
+def pack(config: DataConfig, folder: Path, tokenizer: Any) -> PackedData:
+    return open_or_pack(config, tokenizer, folder, lambda _line: None)
+
+
+def test_a_source_called_train_is_not_taken_for_the_training_set(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "train", 20)
+    packed = pack(DataConfig(sources=(str(folder),), window=32), tmp_path / "packed", byte_tokenizer())
+    assert packed.train_tokens == sum(len(d.text) + 1 for d in load(folder).train)
+    assert packed.heldout_names() == ["train"]
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        (tmp_path / parent / "notes.txt").write_text(words(ord(parent), 400))
+    with pytest.raises(ValueError, match=r"notes\.txt twice"):
+        load(tmp_path / "a" / "notes.txt", tmp_path / "b" / "notes.txt")
+
+
+@pytest.mark.parametrize("joint", ["\n\n", "\n", " "])
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_documents_are_cut_so_that_some_text_is_held_out(tmp_path: Path, joint: str, count: int) -> None:
+    (tmp_path / "few").mkdir()
+    for seed in range(count):
+        (tmp_path / "few" / f"{seed}.txt").write_text(words(seed, 500).replace(" ", joint))
+    corpus = load(tmp_path / "few")
+    held = corpus.heldout["few"]
+    assert len(held) >= 2
+    together = Counter(word for d in [*corpus.train, *held] for word in d.text.split())
+    assert together == Counter(word for seed in range(count) for word in words(seed, 500).split())
+
+
+def test_exact_copies_of_short_texts_are_removed(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": words(seed, 6 + seed % 9)}) for seed in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows + rows))
+    corpus = load(tmp_path / "rows.jsonl")
+    assert len(corpus.train) + len(corpus.heldout["rows.jsonl"]) == 60
+
+
+def test_json_strings_may_hold_any_line_separator(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"{words(seed)}\u2028\x85end"}, ensure_ascii=False) for seed in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), "utf-8")
+    assert len(load(tmp_path / "rows.jsonl").train) == 6
+
+
+def test_json_lines_of_one_name_in_two_folders_are_different_documents(tmp_path: Path) -> None:
+    for number, parent in enumerate(("a", "b")):
+        (tmp_path / "all" / parent).mkdir(parents=True)
+        rows = [json.dumps({"text": words(100 * number + i)}) for i in range(10)]
+        (tmp_path / "all" / parent / "rows.jsonl").write_text("\n".join(rows))
+    corpus = load(tmp_path / "all")
+    assert len({d.id for d in [*corpus.train, *corpus.heldout["all"]]}) == 20
+
+
+def test_an_empty_source_beside_a_full_one_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="0 in empty"):
+        load(folder_of(tmp_path / "full", 8), tmp_path / "empty")
+
+
+def test_the_users_text_is_not_cut_down_and_provenance_counts_what_is_trained_on(tmp_path: Path) -> None:
+    names = {"big": 60, "x": 8, "y": 8}
+    for offset, (name, count) in enumerate(names.items()):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            (tmp_path / name / f"{i}.txt").write_text(words(1000 * offset + i))
+    corpus = load(*(tmp_path / name for name in names))
+    trained = Counter(d.source for d in corpus.train)
+    assert {name: trained[name] + len(corpus.heldout[name]) for name in names} == names
+    assert {p["source"]: p["documents"] for p in corpus.provenance} == trained
+
+
+def test_a_truncated_loss_shard_is_refused(tmp_path: Path) -> None:
+    config = DataConfig(sources=(str(folder_of(tmp_path / "some", 8)),), window=32)
+    packed = pack(config, tmp_path / "packed", byte_tokenizer())
+    shard = max(packed.folder.glob("*.loss"), key=lambda f: f.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"\.loss"):
+        PackedData(packed.folder)
+
+
+def test_the_tokenizers_hash_sees_rules_and_template_but_not_the_last_call() -> None:
+    tokenizer, other = byte_tokenizer(), byte_tokenizer()
+    other(["a", "bcd"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_hash(other) == tokenizer_hash(tokenizer)
+    other.chat_template = TEMPLATE
+    assert tokenizer_hash(other) != tokenizer_hash(tokenizer)
+
+
+def test_the_end_of_a_conversation_is_not_an_answer(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    chats = [
+        [{"role": r, "content": words(3 * i + j, 5)} for j, r in enumerate(("user", "assistant", "user"))]
+        for i in range(8)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    config = DataConfig(sources=(str(tmp_path / "chats.jsonl"),), window=32, loss_on="answers")
+    batch = pack(config, tmp_path / "packed", tokenizer).batch(0, 0, 0, 1, 8, 32)
+    ends_BL = batch.tokens_BL == tokenizer.eos_token_id
+    assert batch.loss_mask_BL.any()
+    assert ends_BL.any()
+    assert not (ends_BL & batch.loss_mask_BL).any()
