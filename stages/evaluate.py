@@ -84,7 +84,7 @@ def evaluate(
         "text": [],
     }
     for length in suite.lengths:
-        for name, windows_WL in _heldout(data, length, suite):
+        for name, windows_WL in heldout_sets(data, length, suite):
             say(f"evaluate: {name}, {windows_WL.numel()} tokens in windows of {length}")
             scored = score(teacher, candidates if name != data.domain_name else candidates[:1], windows_WL)
             rows = {k: {**s.summary(), "by_position": by_position(s)} for k, s in scored.items()}
@@ -100,7 +100,7 @@ def evaluate(
     return report
 
 
-def _heldout(data: PackedData, length: int, suite: Suite) -> list[tuple[str, Tensor]]:
+def heldout_sets(data: PackedData, length: int, suite: Suite) -> list[tuple[str, Tensor]]:
     """(name, windows): all held-out documents together, in equal parts from each source, then the untrained domain."""
     names = [n for n in data.heldout_names() if n != data.domain_name]
     share = max(length, suite.tokens // max(1, len(names)))
