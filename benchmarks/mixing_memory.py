@@ -1,11 +1,12 @@
-"""Peak memory of one mixing step against the window length: `python -m benchmarks.mixing_memory`.
+"""Peak memory of one step of the mixing stage against the window length: `python -m benchmarks.mixing_memory`.
 
-One converted layer of SmolLM2-135M's sizes. Each length runs in a fresh process; the peer is the same loss with both
-L x L matrices written out (this package's own reference).
+A random teacher of SmolLM2-135M's sizes, 3 layers, one converted: teacher forward, loss, gradients. Each length
+runs in a fresh process. The peer is the same step with both L x L matrices written out: this package's own reference.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -13,22 +14,31 @@ import sys
 import torch
 
 LENGTHS = (1024, 2048, 4096)
-HEADS, WIDTH = 9, 64
 
 
-def child(backend: str, length: int) -> None:
-    """Prints the MiB that loss and gradients add to the process."""
-    from ssmorph.kernels.mixing import mixing_loss
+def child(length: int) -> None:
+    """Prints the MiB that a step adds to the process; the backend comes from SSMORPH_BACKEND."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ssmorph.convert.capture import captured
+    from ssmorph.convert.families import FAMILIES, AttentionShape
+    from ssmorph.convert.surgery import copy_attention
+    from ssmorph.stages.mixing import align_matrices
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=576, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192,
+    )  # fmt: skip
+    teacher, family = LlamaForCausalLM(config).eval().requires_grad_(False), FAMILIES["llama"]
+    mixer = copy_attention(teacher.model.layers[1].self_attn, family, AttentionShape.of(config), "mamba2", 1)
+    mixer.requires_grad_(True)
 
-    def step(n: int) -> None:
-        C, B, q = (torch.randn(1, n, HEADS, WIDTH) / 8 for _ in range(3))
-        k = torch.randn(1, n, 3, WIDTH)
-        log_a = -0.05 * torch.rand(1, n, HEADS)
-        leaves = [t.requires_grad_() for t in (C, B, log_a)]
-        mixing_loss(*leaves, q, k, scale=WIDTH**-0.5, loss="cosine", backend=backend).backward()
+    def step(tokens: int) -> None:
+        with captured(teacher, family, [1], attention=True) as calls:
+            teacher.model(torch.randint(0, 1000, (1, tokens)), use_cache=False)
+        align_matrices({1: mixer}, calls, "cosine")
 
     step(64)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -41,13 +51,16 @@ def main() -> None:
     for length in LENGTHS:
         used = {}
         for backend in ("chunked", "reference"):
-            command = [sys.executable, "-m", "benchmarks.mixing_memory", backend, str(length)]
-            used[backend] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        own = used["chunked"]
+            command = [sys.executable, "-m", "benchmarks.mixing_memory", str(length)]
+            environment = {**os.environ, "SSMORPH_BACKEND": backend}
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            used[backend] = float(done.stdout)
+        own, ratio = used["chunked"], used["reference"] / used["chunked"]
         per = own / length * 1024
-        ratio = used["reference"] / own
-        print(f"L {length}: {own:.0f} MiB, {per:.1f} per 1024 tokens; both matrices written out take {ratio:.1f} x that")
+        print(
+            f"L {length}: {own:.0f} MiB, {per:.0f} per 1024 tokens; with both matrices written out {ratio:.1f} x that"
+        )
 
 
 if __name__ == "__main__":
-    child(sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 1 else main()
+    child(int(sys.argv[1])) if len(sys.argv) > 1 else main()

@@ -16,7 +16,7 @@ BATCH = 2
 def run_calibrate(ctx: Context, index: int, stage: CalibrateStage) -> list[LayerFit]:
     """Fits `ctx.student` in place; a stop in the middle starts the stage over, since it takes minutes."""
     count = max(2, math.ceil(stage.tokens / (BATCH * ctx.config.data.window)))
-    windows = [ctx.batch(index, step, BATCH) for step in range(count)]
+    windows = [ctx.batch(index, step, BATCH).tokens_BL for step in range(count)]
     started = time.monotonic()
     total = len(ctx.student.mixers())
     fits: list[LayerFit] = []

@@ -5,8 +5,10 @@ manifest.json lists every file's hash and is written last inside a folder that a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +35,27 @@ def save_checkpoint(folder: Path, *, tensors: dict[str, Tensor], optim: dict[str
         ValueError: the disk is full or not writable; older checkpoints are untouched.
     """
     state = {f"{index}/{name}": value for index, values in optim["state"].items() for name, value in values.items()}
-    with atomic_folder(folder) as partial:
-        _save(tensors, partial / "parameters.safetensors", folder)
-        _save(state, partial / "optimizer.safetensors", folder)
+    with atomic_folder(folder) as partial, tensor_errors(folder):
+        save_file(_plain(tensors), partial / "parameters.safetensors")
+        save_file(_plain(state), partial / "optimizer.safetensors")
         groups = [{key: _tag(value) for key, value in group.items()} for group in optim["param_groups"]]
         (partial / "meta.json").write_text(json.dumps({"meta": meta, "groups": groups}))
         manifest = {file.name: file_hash(file) for file in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def _save(tensors: dict[str, Tensor], file: Path, folder: Path) -> None:
+@contextlib.contextmanager
+def tensor_errors(path: Path) -> Iterator[None]:
+    """Turns what safetensors reports of a full disk, in its own class and without an errno, into a ValueError."""
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+        yield
     except SafetensorError as error:
-        # the library reports a full disk in its own class, without an errno
         do = "Free some space and run the same command again: nothing saved was lost."
-        raise fail(str(folder), "must be written whole", error, do) from error
+        raise fail(str(path), "must be written whole", error, do) from error
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def _tag(value: Any) -> Any:

@@ -10,9 +10,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ssmorph.convert.families import FamilySpec
+
+from .data import TokenBatch
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -81,10 +83,11 @@ class Context:
         """Where both models live."""
         return torch.device(self.config.device)
 
-    def batch(self, stage: int, step: int, size: int) -> Tensor:
-        """The tokens of one step, [B, L]: a pure function of (seed, stage, step)."""
+    def batch(self, stage: int, step: int, size: int) -> TokenBatch:
+        """The tokens of one step and which of them carry loss, [B, L]: a pure function of (seed, stage, step)."""
         seed = self.config.seed * 1000 + stage
-        return self.data.batch(seed, step, 0, 1, size, self.config.data.window).tokens_BL.to(self.device())
+        batch = self.data.batch(seed, step, 0, 1, size, self.config.data.window)
+        return TokenBatch(*(part.to(self.device()) for part in batch))
 
 
 def trained_parameters(student: Any, rest: bool) -> dict[str, nn.Parameter]:

@@ -15,7 +15,8 @@ from ssmorph.convert.capture import captured, run_layer
 
 from .config import HiddenStage
 from .context import Context
-from .loop import Trained, train
+from .data import TokenBatch
+from .loop import StepFunction, Trained, train
 
 
 def run_hidden(ctx: Context, index: int, stage: HiddenStage) -> Trained:
@@ -41,12 +42,12 @@ def teacher_body(ctx: Context, tokens_BL: Tensor) -> Any:
         return ctx.teacher.base_model(tokens_BL, use_cache=False)
 
 
-def _mixer_step(ctx: Context, stage: HiddenStage) -> Callable[[Tensor], dict[int, float]]:
+def _mixer_step(ctx: Context, stage: HiddenStage) -> StepFunction:
     mixers = ctx.student.mixers()
 
-    def step(tokens_BL: Tensor) -> dict[int, float]:
+    def step(batch: TokenBatch) -> dict[int, float]:
         with captured(ctx.teacher, ctx.spec, list(mixers), attention=False) as calls:
-            teacher_body(ctx, tokens_BL)
+            teacher_body(ctx, batch.tokens_BL)
         losses = {}
         for layer, mixer in mixers.items():
             loss = alignment_loss(mixer(calls[layer].input_BLD)[0], calls[layer].output_BLD, stage.loss)
@@ -57,12 +58,12 @@ def _mixer_step(ctx: Context, stage: HiddenStage) -> Callable[[Tensor], dict[int
     return step
 
 
-def _block_step(ctx: Context, stage: HiddenStage) -> Callable[[Tensor], dict[int, float]]:
+def _block_step(ctx: Context, stage: HiddenStage) -> StepFunction:
     mixers = ctx.student.mixers()
     blocks = ctx.spec.decoder_layers(ctx.student)
 
-    def step(tokens_BL: Tensor) -> dict[int, float]:
-        seen = _layer_states(ctx, list(mixers), tokens_BL)
+    def step(batch: TokenBatch) -> dict[int, float]:
+        seen = _layer_states(ctx, list(mixers), batch.tokens_BL)
         losses = {}
         for layer in mixers:
             entered, left, kwargs = seen[layer]

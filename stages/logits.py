@@ -12,6 +12,7 @@ from ssmorph.kernels.distill import distill_loss
 
 from .config import LogitsStage
 from .context import Context
+from .data import TokenBatch
 from .hidden import alignment_loss
 from .loop import Trained, train
 
@@ -23,7 +24,8 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
         student.activation_checkpointing_enable()
         student.train()
 
-    def step(tokens_BL: Tensor) -> dict[int, float]:
+    def step(batch: TokenBatch) -> dict[int, float]:
+        tokens_BL = batch.tokens_BL
         with _outputs(ctx, teacher, stage.layer_weight > 0) as taught, torch.no_grad():
             taught_TD = teacher.base_model(tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         with _outputs(ctx, student, stage.layer_weight > 0) as own:
@@ -32,6 +34,7 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
             own_TD, student.get_output_embeddings().weight, taught_TD, teacher.get_output_embeddings().weight,
             loss=stage.loss, temperature=stage.temperature, beta=stage.jsd_beta,
             labels_T=tokens_BL[:, 1:].flatten() if stage.ce_weight else None, ce_weight=stage.ce_weight,
+            mask_T=batch.loss_mask_BL[:, 1:].flatten(),
         )  # fmt: skip
         if stage.layer_weight:
             loss = loss + stage.layer_weight * _layer_term(own, taught)

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import fail
 from .checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from .config import TrainStage
 from .context import Context, trained_parameters
+from .data import TokenBatch
 from .schedule import clip_each, optimizer, rate, set_rate
 
-StepFunction = Callable[[Tensor], dict[int, float]]
+StepFunction = Callable[[TokenBatch], dict[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def total_steps(stage: TrainStage, window: int) -> int:
 def train(ctx: Context, index: int, stage: TrainStage, step_function: StepFunction) -> Trained:
     """Runs or resumes one gradient stage on `ctx.student`, in place.
 
-    `step_function` takes tokens [B, L], calls backward, and returns the loss of each layer (-1: the whole model).
+    `step_function` takes a batch, calls backward, and returns the loss of each layer (-1: the whole model).
 
     Raises:
         ValueError: a loss or gradient that is not finite; the last good checkpoint stays.
@@ -105,11 +106,11 @@ class _Loop:
 
     def one_step(self, step_function: StepFunction) -> None:
         """One optimiser step; leaves the model untouched if the loss or a gradient is not finite."""
-        tokens_BL = self.ctx.batch(self.index, self.step, self.stage.batch)
+        batch = self.ctx.batch(self.index, self.step, self.stage.batch)
         share = rate(self.step, self.steps, self.stage.optim)
         set_rate(self.optim, share)
         self.optim.zero_grad(set_to_none=True)
-        losses = step_function(tokens_BL)
+        losses = step_function(batch)
         self._require_finite(losses, "loss", "Lower optim.lr, or lengthen optim.warmup_percent.")
         gradients = {i: [p.grad for p in ps if p.grad is not None] for i, ps in self.layers.items()}
         norms = clip_each({i: g for i, g in gradients.items() if g}, self.stage.optim.clip)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ssmorph.convert.families import AttentionShape, family_of
 from ssmorph.convert.plan import resolve_layers
@@ -28,6 +26,7 @@ from ..errors import fail
 from .artifact import copied_student, load_student, save_student
 from .calibrate import run_calibrate
 from .card import model_card
+from .checkpoint import tensor_errors
 from .config import (
     CalibrateStage,
     HiddenStage,
@@ -45,8 +44,8 @@ from .evaluate import evaluate, suite_named
 from .hidden import run_hidden
 from .logits import run_logits
 from .mixing import run_mixing
-from .recipe import build, difference, dump
-from .rundir import RunDir, atomic_folder, atomic_write
+from .recipe import difference, dump, load_recipe
+from .rundir import RunDir, atomic_folder, atomic_write, disk_errors, remove_folder
 from .threads import choose_threads
 from .tracking import make_tracker
 
@@ -57,7 +56,7 @@ def convert(
     """Runs or resumes `config`; returns the run directory.
 
     Args:
-        until: stop after the stage of this kind or folder name.
+        until: stop after the stage of this kind or folder name, before any evaluation.
         start: run this stage and all after it again, forgetting what they wrote.
 
     Raises:
@@ -66,21 +65,23 @@ def convert(
     """
     names = config.stage_names()
     last = _stage_named(names, until) if until else len(names) - 1
+    first = _stage_named(names, start) if start else len(names)
     shape = AttentionShape.of(
         load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
     )
     layers = resolve_layers(config.student.layers, shape.layers)
     with RunDir(config.run_dir) as run, stop_signals() as stop:
-        _agree(run, config)
+        _agree(run, config, first)
         if start:
-            _forget(run, names[_stage_named(names, start) :])
+            _forget(run, first)
+        atomic_write(run.path / "config.yaml", dump(config))
         _environment(run, config)
         run.write_json("plan.json", {"layers": list(layers), "mixer": config.student.mixer})
         log = _logger(run, say)
         ctx = _prepare(config, run, stop, log)
         try:
             _run_stages(ctx, layers, last)
-            if last == len(names) - 1:
+            if until is None:
                 _finish(ctx)
         finally:
             ctx.tracker.finish()
@@ -96,18 +97,18 @@ def _stage_named(names: list[str], wanted: str) -> int:
     return found[0]
 
 
-def _agree(run: RunDir, config: RunConfig) -> None:
-    """Refuses a recipe that differs from the run's in something that a started stage depends on."""
+def _agree(run: RunDir, config: RunConfig, first: int) -> None:
+    """Refuses a recipe that differs from the run's in something that a started stage before `first` depends on."""
     saved = run.path / "config.yaml"
-    if saved.exists():
-        old = build(yaml.safe_load(saved.read_text()))
-        frontier = max((i for i, name in enumerate(old.stage_names()) if run.started(name)), default=-1)
-        changed = [change for change in difference(old, config) if not _free(change[0], frontier)]
-        if changed and frontier >= 0:
-            lines = "; ".join(f"{path}: {before} -> {after}" for path, before, after in changed)
-            do = "Use another run_dir, or delete the folders from the changed stage on."
-            raise fail("run_dir", "the recipe of a started run does not change", lines, do)
-    atomic_write(saved, dump(config))
+    if not saved.exists():
+        return
+    old = load_recipe(saved)
+    frontier = max((i for i, name in enumerate(old.stage_names()[:first]) if run.started(name)), default=-1)
+    changed = [change for change in difference(old, config) if not _free(change[0], frontier)]
+    if changed and frontier >= 0:
+        lines = "; ".join(f"{path}: {before} -> {after}" for path, before, after in changed)
+        do = "Use another run_dir, or --from the first changed stage."
+        raise fail("run_dir", "the recipe of a started run does not change", lines, do)
 
 
 def _free(path: str, frontier: int) -> bool:
@@ -117,10 +118,15 @@ def _free(path: str, frontier: int) -> bool:
     return path.split(".")[0] in ("run_dir", "tracker", "evaluate", "threads")
 
 
-def _forget(run: RunDir, names: list[str]) -> None:
-    for name in names:
-        shutil.rmtree(run.path / name, ignore_errors=True)
-        run.truncate_metrics(name, 0)
+def _forget(run: RunDir, first: int) -> None:
+    """Removes what came of the stages from `first` on, last first, so that a kill leaves a run that is only shorter."""
+    if (run.path / "final").is_dir():
+        remove_folder(run.path / "final")
+    (run.path / "report.json").unlink(missing_ok=True)
+    numbered = {int(p.name.split("-")[0]): p for p in run.path.glob("[0-9]*-*") if p.is_dir()}
+    for number in sorted((n for n in numbered if n >= first), reverse=True):
+        remove_folder(numbered[number])
+        run.truncate_metrics(numbered[number].name, 0)
 
 
 def _environment(run: RunDir, config: RunConfig) -> None:
@@ -136,7 +142,7 @@ def _environment(run: RunDir, config: RunConfig) -> None:
 def _logger(run: RunDir, say: Callable[[str], None]) -> Callable[[str], None]:
     def log(text: str) -> None:
         say(text)
-        with (run.path / "log.txt").open("a") as file:
+        with disk_errors(run.path / "log.txt"), (run.path / "log.txt").open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     return log
@@ -179,7 +185,7 @@ def _run_stages(ctx: Context, layers: tuple[int, ...], last: int) -> None:
         ctx.say(f"{name}: starting")
         ctx.run.write_json(f"{name}/config.json", as_dict(stage))
         summary = _run_stage(ctx, index, stage, layers, trains_rest)
-        with atomic_folder(folder / "student") as partial:
+        with atomic_folder(folder / "student") as partial, tensor_errors(folder):
             save_student(partial, ctx.student, rest_trained)
         source = ctx.run.mark_done(name, source, summary)
         pending = folder / "student"
@@ -218,12 +224,18 @@ def _finish(ctx: Context) -> None:
     artifact = run.done(config.stage_names()[-1])
     assert artifact is not None
     stamp = {"artifact": artifact["artifact"], "evaluate": wanted}
+
+    def say(text: str) -> None:
+        ctx.say(text)
+        ctx.stop.check()
+
     if config.evaluate.suite != "none" and (report is None or report.get("stamp") != stamp):
         suite = suite_named(config.evaluate.suite, config.evaluate.tokens, config.data.window)
         report = evaluate(ctx.teacher, ctx.student, ctx.spec, ctx.data, ctx.tokenizer, suite,
-                          controls=config.evaluate.controls, seed=config.seed, say=ctx.say)  # fmt: skip
+                          controls=config.evaluate.controls, seed=config.seed, say=say)  # fmt: skip
         run.write_json("report.json", {"stamp": stamp, **report})
-    with atomic_folder(run.path / "final") as partial:
+    ctx.stop.check()
+    with atomic_folder(run.path / "final") as partial, tensor_errors(run.path / "final"):
         ctx.student.save_pretrained(partial)
         ctx.tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(config, report, ctx.data, run))

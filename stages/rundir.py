@@ -185,7 +185,7 @@ class RunDir:
     def read_json(self, name: str) -> Any:
         """Reads a JSON file of the run; None where it does not exist yet."""
         file = self.path / name
-        return json.loads(file.read_text()) if file.exists() else None
+        return _json(file, "Delete it: it is made again.") if file.exists() else None
 
     def stage_dir(self, name: str) -> Path:
         """The folder of one stage, made if need be."""
@@ -208,7 +208,7 @@ class RunDir:
         marker = self.path / name / DONE
         if not marker.exists():
             return None
-        record = json.loads(marker.read_text())
+        record = _json(marker, "Delete the stage's folder to run it again.")
         artifact = self.path / name / "student"
         if not artifact.is_dir() or content_hash(artifact) != record["artifact"]:
             raise fail(
@@ -253,6 +253,13 @@ class RunDir:
         content = file.read_bytes() if file.exists() else b""
         if content and not content.endswith(b"\n"):
             atomic_write(file, content[: content.rfind(b"\n") + 1])
+
+
+def _json(file: Path, do: str) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise fail(str(file), "must be JSON", error, do) from error
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

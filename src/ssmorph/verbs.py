@@ -68,15 +68,13 @@ def _uniform_half(config: Any) -> Any:
 
 def status(run_dir: str | Path) -> dict[str, Any]:
     """How far each stage of a run is. Reads files only."""
-    import yaml
-
     from .stages.checkpoint_names import newest_step
-    from .stages.recipe import build
+    from .stages.recipe import load_recipe
 
     folder = Path(run_dir)
     if not (folder / "config.yaml").is_file():
         raise fail("status", "must be a run directory", str(run_dir), "Point to the folder with config.yaml.")
-    config = build(yaml.safe_load((folder / "config.yaml").read_text()))
+    config = load_recipe(folder / "config.yaml")
     stages = []
     for name in config.stage_names():
         done = folder / name / "DONE"
