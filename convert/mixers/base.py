@@ -5,6 +5,7 @@ B batch, L length, D model width, H heads, G groups, P head width, N state width
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -56,13 +57,14 @@ class ScanInputs(NamedTuple):
     D_H: Tensor
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """A Mamba-2 layer with the call signature of a decoder's self-attention.
 
     Subclasses say how `in_proj` splits, what decay and weight a token has, and what happens after the scan.
     """
 
     kind: str
+    conv_silu: bool
 
     def __init__(self, shape: MixerShape, layer_idx: int, projected: int) -> None:
         super().__init__()
@@ -74,19 +76,17 @@ class Mixer(nn.Module):
         self.D = nn.Parameter(torch.zeros(shape.heads))
         self.out_proj = nn.Linear(shape.inner, shape.hidden, bias=shape.out_bias)
 
-    conv_silu: bool
-
+    @abstractmethod
     def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """in_proj's output as (gate, convolved channels, decay input)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decay(self, decay_BLH: Tensor) -> tuple[Tensor, Tensor | None]:
         """(log-decay, weight) of each token, both [B, L, H]; weight None means 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _finish(self, y_BLE: Tensor, gate_BLE: Tensor) -> Tensor:
         """Gate and norm after the scan; [B, L, E]."""
-        raise NotImplementedError
 
     def forward(
         self,
