@@ -16,7 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import fail, nearest
+from safetensors import SafetensorError
+
+from ..errors import UserError, fail, nearest
 from .families import family_of
 from .tiny import ALIAS, write_tiny
 
@@ -114,15 +116,30 @@ def _cached(target: Path, write: Callable[[Path], None]) -> Path:
     """`target`, written once beside its place and renamed, so that a half-written model never looks whole."""
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    partial = _beside(target)
     try:
-        write(partial)
+        try:
+            write(partial)
+        except (OSError, SafetensorError) as error:
+            raise _unwritable(target, error) from error
         with contextlib.suppress(OSError):  # another process was faster: its copy is the same
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _beside(target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _unwritable(target: Path, error: Exception) -> UserError:
+    do = "Free some space there, or set SSMORPH_CACHE to another folder."
+    return fail("SSMORPH_CACHE", "the cache must be writable and have room", f"{target.parent}: {error}", do)
 
 
 def _head_hash(path: Path) -> str:
@@ -156,7 +173,6 @@ def load_teacher(
     Raises:
         ValueError: weights that are missing, truncated or of another shape than the config says.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     load_config(source, revision, trust_remote_code)
@@ -185,6 +201,23 @@ def load_teacher(
         )
     _check_tokenizer(model, tokenizer)
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer alone, of any form of `teacher.source`.
+
+    Raises:
+        ValueError: a source without one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(source))
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        got = f"{source}: {_first_line(error)}"
+        raise fail("teacher.source", "must hold a tokenizer", got, "Check the name.") from error
 
 
 def _check_tokenizer(model: Any, tokenizer: Any) -> None:

@@ -101,6 +101,8 @@ class _Loop:
             self.optim.load_state_dict(optim)
             self.step, self.first, self.last = meta["step"], meta["first_loss"], meta["last_loss"]
             self.ctx.say(f"{self.name}: resumed at step {self.step} of {self.steps}")
+            # a kill may have come between saving and dropping
+            prune(self.folder, self.stage.keep)
         self.ctx.run.truncate_metrics(self.name, self.step)
         self.resumed_at = self.step
 

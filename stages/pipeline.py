@@ -44,7 +44,7 @@ from .evaluate import evaluate, suite_named
 from .hidden import run_hidden
 from .logits import run_logits
 from .mixing import run_mixing
-from .recipe import difference, dump, load_recipe
+from .recipe import difference, dump, load_saved
 from .rundir import RunDir, atomic_folder, atomic_write, disk_errors, remove_folder
 from .threads import choose_threads
 from .tracking import make_tracker
@@ -99,10 +99,9 @@ def _stage_named(names: list[str], wanted: str) -> int:
 
 def _agree(run: RunDir, config: RunConfig, first: int) -> None:
     """Refuses a recipe that differs from the run's in something that a started stage before `first` depends on."""
-    saved = run.path / "config.yaml"
-    if not saved.exists():
+    if not (run.path / "config.yaml").exists():
         return
-    old = load_recipe(saved)
+    old = load_saved(run.path)
     frontier = max((i for i, name in enumerate(old.stage_names()[:first]) if run.started(name)), default=-1)
     changed = [change for change in difference(old, config) if not _free(change[0], frontier)]
     if changed and frontier >= 0:

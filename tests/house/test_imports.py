@@ -10,7 +10,14 @@ import pytest
 from tests.house.imports import imported, modules, wrong_arrows
 from tests.house.tree import ROOT
 
-LIGHT = ("ssmorph", "ssmorph.errors", "ssmorph.stages.config")
+LIGHT = (
+    "ssmorph",
+    "ssmorph.errors",
+    "ssmorph.cli",
+    "ssmorph.__main__",
+    "ssmorph.stages.config",
+    "ssmorph.stages.recipe",
+)
 
 
 def test_every_room_was_read() -> None:
