@@ -180,9 +180,10 @@ class _Layer:
 def _place_heads(mixer: Mixer, u_BLD: Tensor, heads_BLHP: Tensor, distance_H: Tensor | None) -> tuple[Tensor, HeadFit]:
     """Rotates B and C into their balanced basis, fits the heads, and gives the last channel to the constant.
 
-    The identity tap is 1 here, as surgery left it. Returns the constant channels' indices and the fit.
+    The convolution becomes the identity. Returns the constant channels' indices and the fit.
     """
     shape, rows, bias = mixer.shape, conv_rows(mixer), conv_bias(mixer)
+    mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1
     state = shape.groups * shape.state
     x, B, C = F.linear(u_BLD, rows, bias).split([shape.inner, state, state], dim=-1)
@@ -205,7 +206,7 @@ def _place_heads(mixer: Mixer, u_BLD: Tensor, heads_BLHP: Tensor, distance_H: Te
 
 
 class _Distance:
-    """Each head's attention distance, and the decay whose truncated geometric profile has the same [METHOD, decay].
+    """Each head's attention distance, and the decay whose truncated geometric profile has the same.
 
     The mean distance alone is biased by the window (uniform attention gives L/4), so the decay a solves
     sum_t r_t mu_{t-1}(a) = sum A (t - s), mu_K(a) = sum_k k a^k / sum_k a^k over k <= K; the first token is left out.

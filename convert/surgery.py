@@ -1,7 +1,7 @@
 """Teacher and plan to hybrid student, by copying: C from Q, B from K, x from V, out from O. Nothing is trained.
 
 GQA repeats whole key/value head blocks. A q/k/v bias passes through the identity tap into the convolution's bias.
-The attention scale goes into C for `discrete_mamba2` and into dt for `mamba2`, whose SiLU must see small inputs.
+The attention scale goes into C for `discrete_mamba2`; in `mamba2` the norm cancels it.
 """
 
 from __future__ import annotations
@@ -60,9 +60,8 @@ def copy_attention(
         mixer.out_proj.bias.copy_(out.bias)
     set_decay(mixer, torch.full((shape.heads,), COPY_DISTANCE, dtype=torch.float64))
     if isinstance(mixer, DiscreteMamba2Mixer):
-        # with an identity convolution the scale may simply scale Q
         queries = slice(mixer.shape.conv_channels - mixer.shape.groups * mixer.shape.state, mixer.shape.conv_channels)
-        mixer.conv1d.weight[queries] *= shape.scale
+        conv_rows(mixer)[queries] *= shape.scale
         conv_bias(mixer)[queries] *= shape.scale
     return mixer
 

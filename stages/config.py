@@ -211,7 +211,7 @@ class EvaluateConfig:
 
 
 def default_stages() -> tuple[Stage, ...]:
-    """The order of METHOD: copy, calibrate, align the matrices, align the outputs, distil end to end."""
+    """The usual order: copy, calibrate, align the matrices, align the outputs, distil end to end."""
     return (SurgeryStage(), CalibrateStage(), MixingStage(), HiddenStage(), LogitsStage())
 
 

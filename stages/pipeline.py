@@ -153,10 +153,8 @@ def _prepare(config: RunConfig, run: RunDir, stop: Any, log: Callable[[str], Non
     data = open_or_pack(config.data, tokenizer, run.path / "data", log)
     tracker = make_tracker(config.tracker, run.path, as_dict(config))
     teacher.requires_grad_(False)
-    ctx = Context(config=config, run=run, teacher=teacher, student=None, spec=family_of(teacher.config.model_type),
+    return Context(config=config, run=run, teacher=teacher, student=None, spec=family_of(teacher.config.model_type),
                   data=data, stop=stop, say=log, tracker=tracker, tokenizer=tokenizer)  # fmt: skip
-
-    return ctx
 
 
 def _run_stages(ctx: Context, layers: tuple[int, ...], last: int) -> None:

@@ -23,9 +23,9 @@ def windows(count: int = 24) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "discrete_mamba2"])
-@pytest.mark.parametrize("inputs", ["student", "teacher"])
-def test_calibration_explains_what_copy_and_deletion_do_not(kind: str, inputs: str) -> None:
-    teacher = tiny_teacher()
+@pytest.mark.parametrize(("inputs", "bias"), [("student", False), ("student", True), ("teacher", False)])
+def test_calibration_explains_what_copy_and_deletion_do_not(kind: str, inputs: str, bias: bool) -> None:
+    teacher = tiny_teacher(attention_bias=bias)
     student = tiny_hybrid(kind, teacher=teacher)
     fits = calibrate(teacher, student, LLAMA, windows(), CalibrationOptions(inputs=inputs))
     assert [f.layer for f in fits] == [1, 3]
