@@ -65,7 +65,7 @@ def test_the_scan_is_its_own_mixing_matrix(kind: str) -> None:
     matrix = matrix if s.w_BLH is None else matrix * s.w_BLH[:, None]
     y = torch.einsum("blsh,bshp->blhp", matrix, s.x_BLHP) + s.D_H[:, None] * s.x_BLHP
     _, channels, raw = mixer._split(mixer.in_proj(u))
-    assert torch.allclose(y, mixer._scan(channels, raw, None, None, None), atol=1e-4 * float(y.abs().max()))
+    assert torch.allclose(y, mixer._scan(channels, raw, None, None, None), atol=1e-4 * y.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "discrete_mamba2"])

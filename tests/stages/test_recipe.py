@@ -86,7 +86,7 @@ def test_later_settings_win_over_earlier_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["stages.logits.optim.lr", "stages.2.optim.lr", "stages[2].optim.lr"])
 def test_stages_are_addressed_by_kind_or_index(tmp_path: Path, path: str) -> None:
     config = load(tmp_path, HEAD + STAGES, f"{path}=1e-4")
-    assert [s.optim.lr for s in config.stages if isinstance(s, HiddenStage | LogitsStage)] == [1e-3, 1e-4]
+    assert [s.optim.lr for s in config.stages if isinstance(s, HiddenStage | LogitsStage)] == [OptimConfig().lr, 1e-4]
 
 
 def test_default_stages_can_be_overridden(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_difference_names_every_changed_value(tmp_path: Path) -> None:
     new = load(tmp_path, HEAD + STAGES, "stages.logits.optim.lr=1e-4", "seed=3", "student.layers=[1]")
     assert difference(old, new) == [
         ("student.layers", "uniform-15", [1]),
-        ("stages[2].optim.lr", 1e-3, 1e-4),
+        ("stages[2].optim.lr", OptimConfig().lr, 1e-4),
         ("seed", 0, 3),
     ]
     shorter = load(tmp_path, HEAD, "stages=[{kind: surgery}, {kind: hidden}]")
