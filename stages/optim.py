@@ -2,7 +2,7 @@
 
 A calibrated mixer holds numbers of very different size: taps of 0.01, norm weights of 100, rows of one projection that
 feed a gate, a decay or the state. Adam moves all of them by the same amount, which undoes calibration in
-a few steps (measured on SmolLM2-135M, 15 layers: perplexity 30 to 490 after 20 steps at 1e-3). As in Adafactor and LAMB
+a few steps (in a trial on SmolLM2-135M, 15 layers: perplexity 30 to 490 in 20 steps at 1e-3). As in Adafactor and LAMB
 the step is scaled by the root mean square of what it changes, here of each row.
 """
 
