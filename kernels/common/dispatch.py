@@ -21,24 +21,33 @@ class Backends:
     """The backends of one operation, the preferred one first.
 
     A request is the caller's `backend` argument, or else the environment variable SSMORPH_BACKEND, which holds for
-    every operation. Without a request the first backend that does not refuse the device is taken.
+    every operation. Without a request the first backend that does not refuse the device is taken; on a GPU `on_gpu`
+    comes before all others, and where it refuses, the log says why another one runs.
 
     Args:
         op_name: the operation, as errors and the log name it.
-        targets: backend name -> 'module:function', imported at first use.
+        targets: backend name -> 'module:function', imported at first use, the best on a CPU first.
+        on_gpu: the name of the backend to prefer on a GPU.
         refuses: backend name -> a function that says why the backend cannot run on a device, or None where it can.
             It is asked before the import, so it must not need the backend's own dependencies.
     """
 
-    def __init__(self, op_name: str, targets: Mapping[str, str], refuses: Mapping[str, Refusal] | None = None) -> None:
+    def __init__(
+        self,
+        op_name: str,
+        targets: Mapping[str, str],
+        refuses: Mapping[str, Refusal] | None = None,
+        on_gpu: str | None = None,
+    ) -> None:
         self.op_name = op_name
         self._targets = dict(targets)
         self._refuses = dict(refuses or {})
+        self._on_gpu = on_gpu
         self._logged: set[tuple[str, str]] = set()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The known names, the preferred one first."""
+        """The known names, the preferred one on a CPU first."""
         return tuple(self._targets)
 
     def choose(self, requested: str | None, device: torch.device) -> str:
@@ -52,8 +61,16 @@ class Backends:
         name = self._requested(where, requested, device) if requested else self._first(device)
         if (name, device.type) not in self._logged:
             self._logged.add((name, device.type))
-            log.info("%s: backend %s on %s", self.op_name, name, device.type)
+            self._log(name, device, where if requested else None)
         return name
+
+    def _log(self, name: str, device: torch.device, where: str | None) -> None:
+        best = self._on_gpu if device.type == "cuda" else None
+        if where is None and best not in (None, name):
+            log.warning("%s: backend %s on %s, since %s", self.op_name, name, device.type, self._reason(best, device))
+        else:
+            why = f"as {where} asks" if where else "the best one here"
+            log.info("%s: backend %s on %s, %s", self.op_name, name, device.type, why)
 
     def load(self, requested: str | None, device: torch.device) -> Callable[..., Any]:
         """The function of the chosen backend.
@@ -81,7 +98,8 @@ class Backends:
         return name
 
     def _first(self, device: torch.device) -> str:
-        reasons = {name: self._reason(name, device) for name in self._targets}
+        order = sorted(self._targets, key=lambda name: name != self._on_gpu) if device.type == "cuda" else self.names
+        reasons = {name: self._reason(name, device) for name in order}
         for name, reason in reasons.items():
             if reason is None:
                 return name

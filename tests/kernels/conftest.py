@@ -1,11 +1,21 @@
-"""Fixtures of the kernel tests."""
+"""Fixtures of the kernel tests. Triton kernels run on a GPU where there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# where the tests' tensors live
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+    from .interpreter import mend
+
+    mend()
 
 
 @pytest.fixture
@@ -16,3 +26,10 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def needs_triton() -> None:
+    """Skips by name where the package is missing, as on platforms without wheels of it."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the package triton is not installed")

@@ -60,4 +60,19 @@ def test_logs_each_choice_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         for requested in (None, None, "slow", "fast"):
             backends.choose(requested, CPU)
-    assert caplog.messages == ["root: backend fast on cpu", "root: backend slow on cpu"]
+    assert caplog.messages == [
+        "root: backend fast on cpu, the best one here",
+        "root: backend slow on cpu, as root.backend asks",
+    ]
+
+
+def test_a_gpu_prefers_its_own_backend_and_says_why_another_runs(caplog: pytest.LogCaptureFixture) -> None:
+    def on_gpu(reason: str | None) -> Backends:
+        targets = {"fast": "math:sqrt", "gpu": "math:sqrt"}
+        return Backends("root", targets, refuses={"gpu": lambda device: reason}, on_gpu="gpu")
+
+    assert on_gpu(None).choose(None, torch.device("cuda")) == "gpu"
+    assert on_gpu(None).choose(None, CPU) == "fast"
+    assert not caplog.messages
+    assert on_gpu("not installed").choose(None, torch.device("cuda")) == "fast"
+    assert caplog.messages == ["root: backend fast on cuda, since not installed"]
