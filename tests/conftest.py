@@ -8,7 +8,7 @@ import os
 for _name, _value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "NO"}.items():
     os.environ.setdefault(_name, _value)
 
-import torch
+import torch  # noqa: E402  (reads the variables above)
 
 if not torch.cuda.is_available():
     # read when triton is imported, which whatever test module comes first may do

@@ -40,36 +40,34 @@ def _bf16(values: np.ndarray) -> Any:
     return interpreter.TensorHandle(narrow(values), tl.bfloat16)
 
 
+_Builder = interpreter.InterpreterBuilder
+_binary, _unary, _dot, _cast = _Builder.binary_op, _Builder.unary_op, _Builder.create_dot, _Builder.cast_impl
+
+
+def _mended_binary(self: Any, left: Any, right: Any, op: Any) -> Any:
+    if not _is_bf16(left) or op not in ARITHMETIC | COMPARISON:
+        return _binary(self, left, right, op)
+    result = op(widen(left.data), widen(right.data))
+    return _bf16(result) if op in ARITHMETIC else interpreter.TensorHandle(result, tl.int1)
+
+
+def _mended_unary(self: Any, value: Any, op: Any) -> Any:
+    return _bf16(op(widen(value.data))) if _is_bf16(value) else _unary(self, value, op)
+
+
+def _mended_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    return _dot(self, _float32(a), _float32(b), *rest)
+
+
+def _mended_cast(self: Any, source: Any, target: Any, *_rounding: Any) -> Any:
+    if target.scalar == tl.bfloat16:
+        return source if _is_bf16(source) else _bf16(_cast(self, source, tl.float32).data)
+    return (
+        _float32(source) if _is_bf16(source) and target.scalar == tl.float32 else _cast(self, _float32(source), target)
+    )
+
+
 def mend() -> None:
-    """Replaces the interpreter's binary, unary, dot and cast operations; once per process."""
-    builder = interpreter.InterpreterBuilder
-    if getattr(builder, "mended", False):
-        return
-    binary, unary, dot, cast = builder.binary_op, builder.unary_op, builder.create_dot, builder.cast_impl
-
-    def mended_binary(self: Any, left: Any, right: Any, op: Any) -> Any:
-        if not _is_bf16(left) or op not in ARITHMETIC | COMPARISON:
-            return binary(self, left, right, op)
-        result = op(widen(left.data), widen(right.data))
-        return _bf16(result) if op in ARITHMETIC else interpreter.TensorHandle(result, tl.int1)
-
-    def mended_unary(self: Any, value: Any, op: Any) -> Any:
-        return _bf16(op(widen(value.data))) if _is_bf16(value) else unary(self, value, op)
-
-    def mended_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, _float32(a), _float32(b), *rest)
-
-    def mended_cast(self: Any, source: Any, target: Any) -> Any:
-        if target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
-            return _bf16(source.data)
-        if _is_bf16(source) and target.scalar == tl.float32:
-            return _float32(source)
-        if _is_bf16(source) and target.scalar == tl.bfloat16:
-            return source
-        return cast(self, _float32(source), target)
-
-    def mended_float_cast(self: Any, source: Any, target: Any, _rounding: Any) -> Any:
-        return mended_cast(self, source, target)
-
-    builder.binary_op, builder.unary_op, builder.create_dot = mended_binary, mended_unary, mended_dot
-    builder.cast_impl, builder.create_fp_to_fp, builder.mended = mended_cast, mended_float_cast, True
+    """Replaces the interpreter's binary, unary, dot and cast operations."""
+    _Builder.binary_op, _Builder.unary_op, _Builder.create_dot = _mended_binary, _mended_unary, _mended_dot
+    _Builder.cast_impl = _Builder.create_fp_to_fp = _mended_cast
