@@ -7,6 +7,9 @@ import os
 
 import torch
 
+# set by launch.recorded alone
+forced_architecture: str | None = None
+
 
 def refuses_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on the device, or None where they can. Does not import triton."""
@@ -23,6 +26,8 @@ def architecture(device: torch.device) -> str:
 
     Under the interpreter 'sm_90', so that the shipped configuration is what tests run.
     """
+    if forced_architecture is not None:
+        return forced_architecture
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:

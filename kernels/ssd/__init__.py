@@ -7,10 +7,27 @@ from torch import Tensor
 
 from ...errors import fail
 from ..common.dispatch import Backends
+from ..common.gpu import refuses_triton
 
 BACKENDS = Backends(
     "ssd",
-    {"chunked": "ssmorph.kernels.ssd.chunked:ssd_chunked", "reference": "ssmorph.kernels.ssd.reference:ssd_reference"},
+    {
+        "chunked": "ssmorph.kernels.ssd.plain:chunked",
+        "reference": "ssmorph.kernels.ssd.plain:reference",
+        "triton": "ssmorph.kernels.ssd.triton:ssd_triton",
+    },
+    refuses={"triton": refuses_triton},
+    on_gpu="triton",
+)
+STEPS = Backends(
+    "ssd_step",
+    {
+        "chunked": "ssmorph.kernels.ssd.plain:step",
+        "reference": "ssmorph.kernels.ssd.plain:step",
+        "triton": "ssmorph.kernels.ssd.triton:ssd_step_triton",
+    },
+    refuses={"triton": refuses_triton},
+    on_gpu="triton",
 )
 
 
@@ -24,6 +41,7 @@ def ssd(
     D_H: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
     segment_BL: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y_t = S_t C_t + D x_t, S_t = exp(log_a_t) S_{t-1} + w_t x_t B_t^T; y and the final state [Mamba-2, eq. 1 and 6].
@@ -35,29 +53,24 @@ def ssd(
         w_BLH: weight of each token's write (dt in Mamba-2); 1 where left out.
         D_H: skip connection per head.
         initial_state_BHPN: state before the first token; zero where left out.
-        segment_BL: document of each token; the state is emptied at each border.
+        segment_BL: document of each token, ascending; the state is emptied at each border.
+        cu_seqlens: instead of `segment_BL`, for a batch of 1: where documents begin, and the length [documents + 1].
         backend: a name of `BACKENDS`; left out, the best for the device.
 
     Returns:
         y [B, L, H, P] in the dtype of x, and the last token's state [B, H, P, N] in float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes that disagree, groups that do not divide the heads, an unknown backend.
+        ValueError: shapes that disagree, groups that do not divide the heads, an initial state that is not floating
+            point, cu_seqlens that do not ascend from 0 to L, an unknown backend or one that cannot run here.
     """
-    batch, _, heads, width = x_BLHP.shape
     _check_shapes(x_BLHP, log_a_BLH, B_BLGN, C_BLGN)
+    _check_rest(x_BLHP, B_BLGN, w_BLH, D_H, initial_state_BHPN)
+    if cu_seqlens is not None:
+        segment_BL = documents(cu_seqlens, segment_BL, x_BLHP)
     scan = BACKENDS.load(backend, x_BLHP.device)
-    work = torch.promote_types(x_BLHP.dtype, torch.float32)
-    x = x_BLHP.to(work)
-    weighted = x if w_BLH is None else x * w_BLH.to(work).unsqueeze(-1)
-    repeat = heads // B_BLGN.shape[2]
-    B, C = (t.to(work).repeat_interleave(repeat, dim=2) if repeat > 1 else t.to(work) for t in (B_BLGN, C_BLGN))
-    if initial_state_BHPN is None:
-        initial_state_BHPN = x.new_zeros(batch, heads, width, B.shape[-1])
-    y, state_BHPN = scan(weighted, log_a_BLH.to(work), B, C, initial_state_BHPN.to(work), segment_BL)
-    if D_H is not None:
-        y = y + D_H.to(work).unsqueeze(-1) * x
-    return y.to(x_BLHP.dtype), state_BHPN
+    y, state_BHPN = scan(x_BLHP, log_a_BLH, B_BLGN, C_BLGN, w_BLH, D_H, initial_state_BHPN, segment_BL)
+    return y, state_BHPN
 
 
 def ssd_step(
@@ -69,17 +82,34 @@ def ssd_step(
     *,
     w_BH: Tensor | None = None,
     D_H: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """One token of `ssd`: updates the state in place and returns y [B, H, P]."""
-    repeat = x_BHP.shape[1] // B_BGN.shape[1]
-    B, C = (t.to(state_BHPN.dtype).repeat_interleave(repeat, dim=1) for t in (B_BGN, C_BGN))
-    x = x_BHP.to(state_BHPN.dtype)
-    weighted = x if w_BH is None else x * w_BH.to(x.dtype).unsqueeze(-1)
-    state_BHPN.mul_(log_a_BH.to(x.dtype).exp()[..., None, None]).addcmul_(weighted.unsqueeze(-1), B.unsqueeze(-2))
-    y_BHP = (state_BHPN @ C.unsqueeze(-1)).squeeze(-1)
-    if D_H is not None:
-        y_BHP = y_BHP + D_H.to(x.dtype).unsqueeze(-1) * x
-    return y_BHP.to(x_BHP.dtype)
+    """One token of `ssd`, without gradients: updates the state in place and returns y [B, H, P].
+
+    Raises:
+        ValueError: a state that is not float32 (float64 for float64 inputs), or an unknown backend.
+    """
+    work = torch.promote_types(x_BHP.dtype, torch.float32)
+    if state_BHPN.dtype != work:
+        raise fail("ssd_step.state_BHPN", f"must be {work}", state_BHPN.dtype, "Use the state that ssd returned.")
+    y_BHP: Tensor = STEPS.load(backend, x_BHP.device)(state_BHPN, x_BHP, log_a_BH, B_BGN, C_BGN, w_BH, D_H)
+    return y_BHP
+
+
+def documents(cu_seqlens: Tensor, segment_BL: Tensor | None, x_BLHP: Tensor) -> Tensor:
+    """The document of each token, [1, L], from where documents begin.
+
+    Raises:
+        ValueError: a batch over 1, both forms at once, or starts that do not ascend from 0 to the length.
+    """
+    batch, length = x_BLHP.shape[:2]
+    if segment_BL is not None or batch != 1:
+        got = f"batch {batch}" if segment_BL is None else "segment_BL too"
+        raise fail("ssd.cu_seqlens", "describes the one row of a batch of 1", got, "Use segment_BL.")
+    sizes = cu_seqlens.diff()
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != length or bool((sizes < 0).any()):
+        raise fail("ssd.cu_seqlens", f"must ascend from 0 to {length}", cu_seqlens.tolist(), "Sort the documents.")
+    return torch.repeat_interleave(torch.arange(len(sizes), device=x_BLHP.device), sizes)[None]
 
 
 def _check_shapes(x: Tensor, log_a: Tensor, B: Tensor, C: Tensor) -> None:
@@ -99,3 +129,17 @@ def _check_shapes(x: Tensor, log_a: Tensor, B: Tensor, C: Tensor) -> None:
         )
     if x.shape[2] % B.shape[2]:
         raise fail("ssd.B_BLGN", f"groups must divide the {x.shape[2]} heads", B.shape[2], "Repeat the groups to fit.")
+
+
+def _check_rest(x: Tensor, B: Tensor, w: Tensor | None, D: Tensor | None, initial: Tensor | None) -> None:
+    batch, length, heads, width = x.shape
+    shapes = {
+        "w_BLH": (w, (batch, length, heads)),
+        "D_H": (D, (heads,)),
+        "initial_state_BHPN": (initial, (batch, heads, width, B.shape[-1])),
+    }
+    for name, (t, shape) in shapes.items():
+        if t is not None and (tuple(t.shape) != shape or not t.is_floating_point()):
+            raise fail(
+                f"ssd.{name}", f"must be floating point of shape {shape}", (tuple(t.shape), t.dtype), "Check it."
+            )

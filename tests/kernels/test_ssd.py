@@ -50,9 +50,9 @@ def outputs_and_gradients(tensors: dict[str, Tensor], backend: str, **options: T
     leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
     y, state = ssd(**leaves, **options, backend=backend)
     g = torch.Generator().manual_seed(1)
-    loss = (y * torch.randn(y.shape, generator=g, dtype=y.dtype)).sum() + (
-        state * torch.randn(state.shape, generator=g, dtype=state.dtype)
-    ).sum()
+    # drawn in double, since other dtypes draw other numbers
+    on_y, on_state = (torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in (y, state))
+    loss = (y * on_y).sum() + (state * on_state).sum()
     loss.backward()
     return [y.detach(), state.detach(), *(t.grad for t in leaves.values())]
 
