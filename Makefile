@@ -7,12 +7,13 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(PROBE)' >/dev/null 2>&1 &
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+GPU_PYTHON ?= python
 RECIPE := configs/smollm2/135m-demo.yaml
 
 # A hub or a second thread makes tests slow and irreproducible; neither is needed.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 USE_HUB_KERNELS=NO
 
-.PHONY: demo test lint types fmt lock build clean
+.PHONY: demo test lint types fmt lock build clean gpu floor
 .DELETE_ON_ERROR:
 
 demo: .venv/ready-demo
@@ -21,6 +22,18 @@ demo: .venv/ready-demo
 # pytest comes last, so that its closing line ends the output
 test: lint types
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadscope
+
+# On a machine with a card, in whatever environment has torch, triton and pytest: nothing is installed.
+gpu:
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/kernels
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.gpu
+
+# The kernel tests with the oldest triton that pyproject.toml allows, in an environment of its own.
+floor: .venv/ready-test
+	test -d .venv-floor || $(BIN)/python -m venv .venv-floor
+	echo "$(CURDIR)/$$(ls -d .venv/lib/python*/site-packages)" > $$(ls -d .venv-floor/lib/python*/site-packages)/later.pth
+	.venv-floor/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps triton==3.7.1
+	$(TEST_ENV) PYTHONPATH=src .venv-floor/bin/python -m pytest -q -n 2 tests/kernels
 
 lint: .venv/ready-test
 	$(BIN)/ruff check
@@ -43,7 +56,7 @@ build: .venv/ready-test
 	rm -rf build
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The ready files are written last: an interrupted installation is taken up again by the next make.
