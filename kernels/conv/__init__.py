@@ -3,10 +3,37 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import fail
+from ssmorph.errors import fail
+
+from ..common.dispatch import Backends
+from ..common.gpu import refuses_triton
+from .package import refuses_package
+
+_REFUSES = {"triton": refuses_triton, "causal_conv1d": refuses_package}
+BACKENDS = Backends(
+    "causal_conv",
+    {
+        "chunked": "ssmorph.kernels.conv.chunked:conv_chunked",
+        "reference": "ssmorph.kernels.conv.reference:conv_reference",
+        "triton": "ssmorph.kernels.conv.triton:conv_triton",
+        "causal_conv1d": "ssmorph.kernels.conv.package:conv_package",
+    },
+    refuses=_REFUSES,
+    on_gpu="triton",
+)
+STEPS = Backends(
+    "causal_conv_step",
+    {
+        "chunked": "ssmorph.kernels.conv.chunked:step_chunked",
+        "reference": "ssmorph.kernels.conv.reference:step_reference",
+        "triton": "ssmorph.kernels.conv.triton:step_triton",
+        "causal_conv1d": "ssmorph.kernels.conv.package:step_package",
+    },
+    refuses=_REFUSES,
+    on_gpu="triton",
+)
 
 
 def causal_conv(
@@ -17,57 +44,69 @@ def causal_conv(
     silu: bool = False,
     past_BKC: Tensor | None = None,
     segment_BL: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """y_t = bias + sum_k weight[:, k] x_{t-K+1+k}, then SiLU where asked; [B, L, C].
+    """y_t = bias + sum_k weight[:, k] x_{t-K+1+k}, then SiLU where asked; [B, L, C] in the dtype of x.
+
+    Sums are taken in float32 (float64 for float64). `last_inputs` has what the next call needs as its past.
 
     Args:
-        past_BKC: the K-1 inputs before the first one; zeros where left out.
-        segment_BL: document of each token; taps never reach across a border.
+        past_BKC: the K-1 inputs before the first one, of the same document as it; zeros where left out.
+        segment_BL: document of each token, ascending; taps never reach across a border.
+        backend: a name of `BACKENDS`; left out, the best for the device.
 
     Raises:
-        ValueError: a weight that does not fit the channels, or a past of another width than K-1.
+        ValueError: shapes that disagree, an unknown backend or one that cannot run here or cannot do what is asked.
     """
-    width = weight_CK.shape[1]
-    if weight_CK.shape[0] != x_BLC.shape[2]:
-        raise fail(
-            "causal_conv.weight_CK", f"needs {x_BLC.shape[2]} channels", weight_CK.shape[0], "Give one row per channel."
-        )
-    if past_BKC is not None and past_BKC.shape[1] != width - 1:
-        raise fail(
-            "causal_conv.past_BKC", f"holds the {width - 1} inputs before", past_BKC.shape[1], "Keep K-1 inputs."
-        )
-    padded = F.pad(x_BLC, (0, 0, width - 1, 0)) if past_BKC is None else torch.cat([past_BKC.to(x_BLC.dtype), x_BLC], 1)
-    y = (
-        _by_taps(padded, weight_CK, bias_C, segment_BL)
-        if segment_BL is not None
-        else _by_image(padded, weight_CK, bias_C)
-    )
-    return F.silu(y) if silu else y
+    _check("causal_conv", x_BLC.shape[0], x_BLC.shape[2], weight_CK, bias_C, past_BKC)
+    if segment_BL is not None and segment_BL.shape != x_BLC.shape[:2]:
+        rule, got = f"needs shape {tuple(x_BLC.shape[:2])}", tuple(segment_BL.shape)
+        raise fail("causal_conv.segment_BL", rule, got, "Give the document of each token.")
+    conv = BACKENDS.load(backend, x_BLC.device)
+    y_BLC: Tensor = conv(x_BLC, weight_CK, bias_C, silu, past_BKC, segment_BL)
+    return y_BLC
 
 
-def _by_image(padded_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:
-    # as an image one pixel wide the tokens are already channels-last: on a CPU 4x faster than conv1d, without a copy
-    image = padded_BLC.transpose(1, 2).unsqueeze(-1)
-    return F.conv2d(image, weight_CK[:, None, :, None], bias_C, groups=weight_CK.shape[0]).squeeze(-1).transpose(1, 2)
-
-
-def _by_taps(padded_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, segment_BL: Tensor) -> Tensor:
-    length, width = segment_BL.shape[1], weight_CK.shape[1]
-    before = F.pad(segment_BL, (width - 1, 0), value=-1)
-    y = torch.zeros_like(padded_BLC[:, :length]) if bias_C is None else bias_C.expand(*segment_BL.shape, -1)
-    for k in range(width):
-        same = (before[:, k : k + length] == segment_BL).unsqueeze(-1).to(padded_BLC.dtype)
-        y = y + padded_BLC[:, k : k + length] * same * weight_CK[:, k]
-    return y
+def last_inputs(x_BLC: Tensor, width: int, past_BKC: Tensor | None = None, segment_BL: Tensor | None = None) -> Tensor:
+    """The past of the token that follows: the last K-1 inputs [B, K-1, C], zero before its document begins."""
+    keep, length = width - 1, x_BLC.shape[1]
+    past = x_BLC.new_zeros(x_BLC.shape[0], keep, x_BLC.shape[2]) if past_BKC is None else past_BKC.to(x_BLC.dtype)
+    last_BKC = torch.cat([past, x_BLC[:, max(length - keep, 0) :]], dim=1)[:, -keep:]
+    if segment_BL is None:
+        return last_BKC.clone()
+    # the past belongs to the document of the first token
+    place = torch.arange(length - keep, length, device=x_BLC.device).clamp_min(0)
+    other_BK = segment_BL[:, place] != segment_BL[:, -1:]
+    return last_BKC.masked_fill(other_BK.unsqueeze(-1), 0)
 
 
 def causal_conv_step(
-    past_BKC: Tensor, x_BC: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None, *, silu: bool = False
+    past_BKC: Tensor,
+    x_BC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None = None,
+    *,
+    silu: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
-    """One token of `causal_conv`: shifts the K-1 past inputs in place and returns y [B, C]."""
-    taps_BKC = torch.cat([past_BKC.to(x_BC.dtype), x_BC.unsqueeze(1)], dim=1)
-    past_BKC.copy_(taps_BKC[:, 1:])
-    y = torch.einsum("bkc,ck->bc", taps_BKC, weight_CK)
-    if bias_C is not None:
-        y = y + bias_C
-    return F.silu(y) if silu else y
+    """One token of `causal_conv`, without gradients: shifts the K-1 past inputs in place and returns y [B, C].
+
+    Raises:
+        ValueError: as `causal_conv`.
+    """
+    _check("causal_conv_step", x_BC.shape[0], x_BC.shape[1], weight_CK, bias_C, past_BKC)
+    y_BC: Tensor = STEPS.load(backend, x_BC.device)(past_BKC, x_BC, weight_CK, bias_C, silu)
+    return y_BC
+
+
+def _check(op: str, batch: int, channels: int, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> None:
+    if weight.ndim != 2 or weight.shape[0] != channels:
+        raise fail(f"{op}.weight_CK", f"needs {channels} channels", tuple(weight.shape), "Give one row per channel.")
+    width = weight.shape[1]
+    if not 2 <= width <= 4:
+        raise fail(f"{op}.weight_CK", "needs a width of 2 to 4", width, "Use another convolution.")
+    if bias is not None and tuple(bias.shape) != (channels,):
+        raise fail(f"{op}.bias_C", f"needs {channels} channels", tuple(bias.shape), "Give one value per channel.")
+    if past is not None and tuple(past.shape) != (batch, width - 1, channels):
+        rule = f"holds the {width - 1} inputs before, shape {(batch, width - 1, channels)}"
+        raise fail(f"{op}.past_BKC", rule, tuple(past.shape), "Keep K-1 inputs.")

@@ -5,23 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmorph.errors import fail, nearest
-
 from ..common.dispatch import Backends
-from .objective import DIVERGENCES, Objective
-
-BACKENDS = Backends(
-    "distill_loss",
-    {
-        "chunked": "ssmorph.kernels.distill.chunked:distill_chunked",
-        "reference": "ssmorph.kernels.distill.reference:distill_reference",
-    },
+from ..common.gpu import refuses_triton
+from .checks import (
+    check_biases,
+    check_divergence,
+    check_known,
+    check_labels,
+    check_mask,
+    check_numbers,
+    check_side,
+    check_teacher,
 )
+from .liger import refuses_liger
+from .objective import DIVERGENCES, Buckets, Objective, Side
 
-__all__ = ["BACKENDS", "DIVERGENCES", "distill_loss"]
 
-# stands for a bias of -inf: its probability is exactly 0, and 0 times its log is 0 where 0 times -inf is NaN
-_NEVER = -1e30
+def _backends(op_name: str, prefix: str, *names: str) -> Backends:
+    targets = {name: f"ssmorph.kernels.distill.{name}:{prefix}_{name}" for name in names}
+    return Backends(op_name, targets, refuses={"triton": refuses_triton, "liger": refuses_liger}, on_gpu="triton")
+
+
+BACKENDS = _backends("distill_loss", "distill", "chunked", "reference", "triton", "liger")
+TOPK_BACKENDS = _backends("distill_topk_loss", "topk", "chunked", "reference", "triton")
+
+__all__ = ["BACKENDS", "DIVERGENCES", "TOPK_BACKENDS", "distill_loss", "distill_topk_loss"]
 
 
 def distill_loss(
@@ -42,7 +50,7 @@ def distill_loss(
     teacher_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Mean over tokens of tau^2 d(p, q), p = softmax(teacher / tau), q = softmax(student / tau), plus ce_weight * CE.
@@ -50,7 +58,9 @@ def distill_loss(
     d is KL(p || q) for 'kl', KL(q || p) for 'reverse_kl', and beta KL(p || m) + (1 - beta) KL(q || m) with
     m = beta p + (1 - beta) q for 'jsd' [GKD, eq. 1]. Logits are cap * tanh(scale * (hidden @ head^T + bias) / cap).
     Gradients go to the student's hidden states, head and bias, as far as they require any; the teacher's side gets
-    none. A frozen student head costs no head gradient. Computed in float32 (float64 for float64).
+    none. A frozen student head costs no head gradient. Computed in float32 (float64 for float64), also under autocast.
+    The backend 'triton' multiplies matrices, and rounds gradients of logits before that, in the inputs' dtype. The
+    backend 'liger' (the package liger-kernel) runs when asked for, and takes plain heads without cross-entropy alone.
 
     The teacher's log-probabilities are floored at -100 in 'reverse_kl', where a logit of -inf would cost infinitely
     much. Biases may be -inf.
@@ -67,91 +77,90 @@ def distill_loss(
         student_bias_V, teacher_bias_V: biases of the heads.
         student_scale, teacher_scale: factors of the logits.
         student_softcap, teacher_softcap: soft caps of the logits; None for none.
-        chunk: tokens whose logits are held at once.
+        chunk: tokens whose logits are held at once; None for as many as fit a budget of bytes (48 MiB on a CPU).
         backend: a name of `BACKENDS`; left out, SSMORPH_BACKEND or the best for the device.
 
     Returns:
         A scalar in float32 (float64 for float64).
 
     Raises:
-        ValueError: an unknown loss or backend, shapes or vocabularies that disagree, a ce_weight without labels, or a
-            number out of its range.
+        ValueError: an unknown loss or backend, shapes or vocabularies that disagree, a ce_weight without labels, a
+            label or number out of its range, float64 for 'triton', or what 'liger' cannot do.
     """
-    _check_numbers(loss, temperature, beta, chunk, student_softcap, teacher_softcap)
-    _check_shapes(student_TD, student_head_VD, teacher_TE, teacher_head_VE, student_bias_V, teacher_bias_V)
-    _check_tokens(student_TD.shape[0], labels_T, ce_weight, mask_T)
+    op = "distill_loss"
+    check_divergence(op, loss, beta)
+    check_numbers(op, temperature, chunk, student_softcap=student_softcap, teacher_softcap=teacher_softcap)
+    check_side(op, "student", student_TD, student_head_VD)
+    check_side(op, "teacher", teacher_TE, teacher_head_VE)
+    check_teacher(op, student_TD, student_head_VD, teacher_TE, teacher_head_VE)
+    check_biases(op, student_head_VD.shape[0], student_bias_V=student_bias_V, teacher_bias_V=teacher_bias_V)
+    check_mask(op, student_TD.shape[0], mask_T)
+    check_labels(op, student_TD.shape[0], student_head_VD.shape[0], labels_T, ce_weight)
     function = BACKENDS.load(backend, student_TD.device)
-    labels = labels_T if ce_weight else None
-    if mask_T is not None:
-        student_TD, teacher_TE = student_TD[mask_T], teacher_TE[mask_T]
-        labels = None if labels is None else labels[mask_T]
-    work = torch.promote_types(student_TD.dtype, torch.float32)
-    student = _side(student_TD, student_head_VD, student_bias_V, student_scale, work)
-    with torch.no_grad():
-        teacher = _side(teacher_TE, teacher_head_VE, teacher_bias_V, teacher_scale, work)
-    objective = Objective(loss, temperature, beta, ce_weight, student_softcap, teacher_softcap, chunk)
+    student_TD, teacher_TE = _counted(mask_T, student_TD, teacher_TE)
+    labels = _counted(mask_T, labels_T)[0] if labels_T is not None and ce_weight else None
+    student = Side(student_TD, student_head_VD, student_bias_V, student_scale, student_softcap)
+    teacher = Side(teacher_TE, teacher_head_VE, teacher_bias_V, teacher_scale, teacher_softcap)
+    objective = Objective(loss, temperature, beta, ce_weight, chunk)
     with torch.autocast(student_TD.device.type, enabled=False):
-        result: Tensor = function(*student, *teacher, labels, objective)
+        result: Tensor = function(student, teacher, labels, objective)
     return result
 
 
-def _side(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, work: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, head and bias in the working dtype, the factor of the logits already inside."""
-    hidden, head = hidden.to(work), head.to(work)
-    if scale != 1.0:
-        hidden = hidden * scale
-    return hidden, head, None if bias is None else (bias.to(work) * scale).clamp(min=_NEVER)
+def distill_topk_loss(
+    student_TD: Tensor,
+    student_head_VD: Tensor,
+    indices_TK: Tensor,
+    log_probs_TK: Tensor,
+    *,
+    temperature: float = 1.0,
+    labels_T: Tensor | None = None,
+    ce_weight: float = 0.0,
+    mask_T: Tensor | None = None,
+    student_bias_V: Tensor | None = None,
+    student_scale: float = 1.0,
+    student_softcap: float | None = None,
+    chunk: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean over tokens of tau^2 KL(p || q) over K + 1 buckets, for a teacher of which K log-probabilities were kept.
+
+    The buckets are the K kept tokens and all others together: their probability is 1 minus the sum of those kept, and
+    the student's sum over them. With K = V this is `distill_loss` with 'kl'; with fewer it is at most that, the part
+    about which the teacher is known. Differentiable as `distill_loss`, computed in the same dtypes.
+
+    Args:
+        student_TD, student_head_VD: as in `distill_loss`, and so are labels, mask, bias, scale, soft cap and chunk.
+        indices_TK: the kept tokens, different within a row, in any order.
+        log_probs_TK: their log-probabilities under the teacher at the temperature; a token of -inf is impossible.
+            A row that sums to more than 1 by rounding is normalised.
+        temperature: tau of the stored log-probabilities; the student's logits are divided by it.
+
+    Returns:
+        A scalar in float32 (float64 for float64).
+
+    Raises:
+        ValueError: as `distill_loss`, and indices outside of the vocabulary or twice in a row, or rows of logits.
+    """
+    op = "distill_topk_loss"
+    check_numbers(op, temperature, chunk, student_softcap=student_softcap)
+    check_side(op, "student", student_TD, student_head_VD)
+    check_biases(op, student_head_VD.shape[0], student_bias_V=student_bias_V)
+    check_mask(op, student_TD.shape[0], mask_T)
+    check_labels(op, student_TD.shape[0], student_head_VD.shape[0], labels_T, ce_weight)
+    check_known(op, student_TD.shape[0], student_head_VD.shape[0], indices_TK, log_probs_TK)
+    function = TOPK_BACKENDS.load(backend, student_TD.device)
+    student_TD, indices_TK, log_probs_TK = _counted(mask_T, student_TD, indices_TK, log_probs_TK)
+    labels = _counted(mask_T, labels_T)[0] if labels_T is not None and ce_weight else None
+    student = Side(student_TD, student_head_VD, student_bias_V, student_scale, student_softcap)
+    work = torch.promote_types(student.dtype, torch.float32)
+    teacher = Buckets.of(indices_TK.long(), log_probs_TK.detach(), student_head_VD.shape[0], work)
+    objective = Objective("kl", temperature, 0.5, ce_weight, chunk)
+    with torch.autocast(student_TD.device.type, enabled=False):
+        result: Tensor = function(student, teacher, labels, objective)
+    return result
 
 
-def _check_numbers(
-    loss: str, temperature: float, beta: float, chunk: int, student_cap: float | None, teacher_cap: float | None
-) -> None:
-    if loss not in DIVERGENCES:
-        raise fail("distill_loss.loss", "must be a known divergence", repr(loss), nearest(loss, DIVERGENCES))
-    if not temperature > 0:
-        raise fail("distill_loss.temperature", "must be positive", temperature, "Use 1 for none.")
-    if loss == "jsd" and not 0 < beta < 1:
-        raise fail("distill_loss.beta", "must lie between 0 and 1", beta, "At the ends use 'kl' or 'reverse_kl'.")
-    if chunk < 1:
-        raise fail("distill_loss.chunk", "must be at least 1 token", chunk, "Leave it out for 128.")
-    for name, cap in (("student_softcap", student_cap), ("teacher_softcap", teacher_cap)):
-        if cap is not None and not cap > 0:
-            raise fail(f"distill_loss.{name}", "must be positive", cap, "Use None for no soft cap.")
-
-
-def _check_shapes(
-    student: Tensor,
-    student_head: Tensor,
-    teacher: Tensor,
-    teacher_head: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-) -> None:
-    for name, hidden, head in (("student", student, student_head), ("teacher", teacher, teacher_head)):
-        if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
-            got = (tuple(hidden.shape), tuple(head.shape))
-            raise fail(f"distill_loss.{name}", "needs hidden [T, D] and head [V, D]", got, "Flatten batch and length.")
-    if student.shape[0] != teacher.shape[0]:
-        got_tokens = (student.shape[0], teacher.shape[0])
-        raise fail("distill_loss.teacher_TE", "must have the student's tokens", got_tokens, "Run both on one batch.")
-    vocabulary = student_head.shape[0]
-    if teacher_head.shape[0] != vocabulary:
-        got_rows = teacher_head.shape[0]
-        raise fail("distill_loss.teacher_head_VE", f"must have {vocabulary} rows", got_rows, "Use one vocabulary.")
-    for name, bias in (("student_bias_V", student_bias), ("teacher_bias_V", teacher_bias)):
-        if bias is not None and tuple(bias.shape) != (vocabulary,):
-            raise fail(f"distill_loss.{name}", f"must have shape ({vocabulary},)", tuple(bias.shape), "Check the head.")
-
-
-def _check_tokens(tokens: int, labels: Tensor | None, ce_weight: float, mask: Tensor | None) -> None:
-    if ce_weight and labels is None:
-        raise fail("distill_loss.labels_T", f"is needed with ce_weight {ce_weight}", None, "Give labels or weight 0.")
-    for name, t in (("labels_T", labels), ("mask_T", mask)):
-        if t is not None and tuple(t.shape) != (tokens,):
-            raise fail(f"distill_loss.{name}", f"must have shape ({tokens},)", tuple(t.shape), "One value per token.")
-    if mask is not None and mask.dtype != torch.bool:
-        raise fail(
-            "distill_loss.mask_T", "must be boolean, True at tokens that count", mask.dtype, "Compare it with 0."
-        )
+def _counted(mask_T: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """The tokens that count."""
+    return [t if mask_T is None else t[mask_T] for t in tensors]

@@ -1,164 +1,182 @@
-"""The distillation losses in chunks of tokens, with the gradients computed in the forward pass and in place.
+"""The distillation losses in chunks of tokens: the gradients of the logits are written over the logits.
 
-The teacher is frozen and the loss is a scalar, so the gradient of a chunk's logits is known as soon as they are, and
-goes through the head at once: a few buffers of [chunk, V] are all that is ever held of the logits. With s = logits/tau:
+Two buffers [chunk, V] hold a chunk's logits (one, where the teacher comes in buckets). All else is done a few rows at a
+time, which stay in the cache. With s = logits / tau, lse a log-sum-exp and sums over the vocabulary:
 
-    KL(p||q):  dL/ds = q - p        KL(q||p):  dL/ds = q (log q/p - KL)        JSD: (1-beta) q (log q/m - KL(q||m))
+    KL(p||q) = sum p (log p - log q)     dL/ds = q - p
+    KL(q||p)                             dL/ds = q (log q/p - KL)
+    JSD                                  dL/ds = (1 - beta) q (log q/m - KL(q||m))
+    buckets                              dL/ds = q - p at known tokens, q (1 - p_tail / q_tail) at the others
 
-T tokens, C tokens of a chunk, V vocabulary, D and E widths of student and teacher.
+T tokens, C tokens of a chunk, R tokens in the cache, K kept tokens of the teacher, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .objective import FLOOR, IGNORED, Objective
+from .driver import through_head
+from .objective import FLOOR, IGNORED, NEVER, Buckets, Objective, Side, chunk_rows, cross_entropy_share
+
+# bytes of all chunk buffers, the least rows for a fast matmul, bytes of a buffer that stays in the cache
+BUDGET, LEAST_ROWS, CACHED = 48 << 20, 32, 1 << 19
+# buffers in the cache that a divergence needs beside the logits
+WORK = {"kl": 1, "reverse_kl": 1, "jsd": 3}
 
 
-def distill_chunked(
-    student_TD: Tensor,
-    student_head_VD: Tensor,
-    student_bias_V: Tensor | None,
-    teacher_TE: Tensor,
-    teacher_head_VE: Tensor,
-    teacher_bias_V: Tensor | None,
-    labels_T: Tensor | None,
-    objective: Objective,
-) -> Tensor:
+def distill_chunked(student: Side, teacher: Side, labels_T: Tensor | None, objective: Objective) -> Tensor:
     """The scalar loss."""
-    teacher = (teacher_TE, teacher_head_VE, teacher_bias_V)
-    grads = torch.is_grad_enabled()
-    apply: Callable[..., Tensor] = _DistillLoss.apply
-    return apply(student_TD, student_head_VD, student_bias_V, teacher, labels_T, objective, grads)
+    return _loss(student, teacher, labels_T, objective)
 
 
-class _DistillLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, head, bias, teacher, labels, objective, grads):  # type: ignore[no-untyped-def]
-        want = [grads and needed for needed in ctx.needs_input_grad[:3]]
-        dhidden, dhead, dbias = (
-            torch.zeros_like(t) if needed else None for t, needed in zip((student, head, bias), want, strict=True)
-        )
-        chunks = _Chunks(head.shape[0], min(objective.chunk, student.shape[0]), student, labels, objective, any(want))
-        total = torch.zeros((), dtype=torch.float64, device=student.device)
-        for start in range(0, student.shape[0], objective.chunk):
-            rows = slice(start, start + objective.chunk)
-            hidden_CD = student[rows]
-            loss, grad_CV = chunks.step((hidden_CD, head, bias), (teacher[0][rows], *teacher[1:]), rows)
-            total += loss
-            if dhidden is not None:
-                torch.mm(grad_CV, head, out=dhidden[rows])
-            if dhead is not None:
-                dhead.addmm_(grad_CV.t(), hidden_CD)
-            if dbias is not None:
-                dbias += grad_CV.sum(0)
-        ctx.save_for_backward(dhidden, dhead, dbias)
-        return total.to(student.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return *(None if t is None else t * grad for t in ctx.saved_tensors), None, None, None, None
+def topk_chunked(student: Side, teacher: Buckets, labels_T: Tensor | None, objective: Objective) -> Tensor:
+    """The scalar loss."""
+    return _loss(student, teacher, labels_T, objective)
 
 
-Side = tuple[Tensor, Tensor, Tensor | None]
+def _loss(student: Side, teacher: Side | Buckets, labels_T: Tensor | None, objective: Objective) -> Tensor:
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    student = student.prepared(dtype)
+    if isinstance(teacher, Side):
+        with torch.no_grad():
+            teacher = teacher.prepared(dtype)
+    chunks = _Chunks(student, teacher, labels_T, objective)
+    return through_head(student.hidden_TD, student.head_VD, student.bias_V, chunks)
 
 
 class _Chunks:
-    """The buffers of one chunk, and the loss and the gradient of the logits of each chunk put through them."""
+    """See `driver.Chunks`."""
 
-    def __init__(
-        self, vocabulary: int, tokens: int, student: Tensor, labels: Tensor | None, objective: Objective, want: bool
-    ) -> None:
-        self.objective, self.labels, self.want = objective, labels, want
-        self.tokens = max(student.shape[0], 1)
-        self.labelled = 1 if labels is None else max(int((labels != IGNORED).sum()), 1)
-        extra = (objective.loss == "jsd") + (labels is not None) + (objective.student_softcap is not None)
-        self.buffers = student.new_empty(3 + extra, tokens, vocabulary)
+    def __init__(self, student: Side, teacher: Side | Buckets, labels_T: Tensor | None, objective: Objective) -> None:
+        self.student, self.teacher, self.labels_T, self.objective = student, teacher, labels_T, objective
+        self.ce_share = cross_entropy_share(labels_T, objective)
+        tokens, vocabulary = student.hidden_TD.shape[0], student.head_VD.shape[0]
+        row, buffers = vocabulary * student.head_VD.element_size(), 1 + isinstance(teacher, Side)
+        most = objective.chunk or max(BUDGET // (buffers * row), LEAST_ROWS)
+        self.rows = chunk_rows(tokens, most)
+        self.logits = student.hidden_TD.new_empty(buffers, self.rows, vocabulary)
+        own = WORK[objective.loss] if isinstance(teacher, Side) else 0
+        work = own + (labels_T is not None) + (student.softcap is not None)
+        self.work = student.hidden_TD.new_empty(work, max(min(CACHED // row, self.rows), 1), vocabulary)
 
-    def step(self, student: Side, teacher: Side, rows: slice) -> tuple[Tensor, Tensor]:
-        """The chunk's share of the loss, and its gradient for h W^T + b (in a buffer, overwritten by the next step)."""
-        objective, tau = self.objective, self.objective.temperature
-        count = student[0].shape[0]
-        q_CV, p_CV, *rest = self.buffers[:, :count]
-        _logits(q_CV, student, objective.student_softcap)
-        _logits(p_CV, teacher, objective.teacher_softcap)
-        if objective.student_softcap is not None:
-            slope_CV = torch.mul(q_CV, 1 / objective.student_softcap, out=rest.pop()).square_().neg_().add_(1)
-        loss = q_CV.new_zeros((), dtype=torch.float64)
-        if self.labels is not None:
-            ce_CV = rest.pop()
-            loss += self._cross_entropy(q_CV, self.labels[rows], ce_CV)
-        for logits_CV in (q_CV, p_CV):
-            logits_CV.mul_(1 / tau)
-            logits_CV.sub_(torch.logsumexp(logits_CV, dim=-1, keepdim=True))
-        divergence_C = self._divergence(q_CV, p_CV, rest)
-        loss += divergence_C.double().sum() * (tau**2 / self.tokens)
-        if self.want:
-            q_CV.mul_(tau / self.tokens)
-            if self.labels is not None:
-                q_CV.add_(ce_CV)
-            if objective.student_softcap is not None:
-                q_CV.mul_(slope_CV)
-        return loss, q_CV
+    def step(self, hidden_CD: Tensor, rows: slice, losses_C: Tensor, grads: bool) -> Tensor:
+        count, cached = hidden_CD.shape[0], self.work.shape[1]
+        logits = self.logits[:, :count]
+        torch.mm(hidden_CD, self.student.head_VD.t(), out=logits[0])
+        if isinstance(self.teacher, Side):
+            torch.mm(self.teacher.hidden_TD[rows], self.teacher.head_VD.t(), out=logits[1])
+        for start in range(0, count, cached):
+            part = slice(start, min(start + cached, count))
+            tokens = slice(rows.start + part.start, rows.start + part.stop)
+            self._part(logits[:, part], tokens, losses_C[part], grads)
+        return logits[0]
 
-    def _divergence(self, q_CV: Tensor, p_CV: Tensor, rest: list[Tensor]) -> Tensor:
-        """Turns log q into dL/ds in place; p holds log p and is lost."""
+    def _part(self, logits: Tensor, tokens: slice, losses_R: Tensor, grads: bool) -> None:
+        """Losses of tokens in the cache, and the gradients over the student's logits."""
+        tau, softcap = self.objective.temperature, self.student.softcap
+        q_RV, *work = logits[0], *self.work[:, : logits.shape[1]]
+        _finish(q_RV, self.student)
+        if softcap is not None:
+            slope_RV = torch.mul(q_RV, 1 / softcap, out=work.pop()).square_().neg_().add_(1)
+        if self.labels_T is not None and self.ce_share is not None:
+            ce_RV = work.pop()
+            ce_R = _cross_entropy(q_RV, self.labels_T[tokens], self.ce_share, ce_RV)
+        q_RV.mul_(1 / tau)
+        torch.mul(self._divergence(logits, tokens, work), tau**2, out=losses_R)
+        if self.labels_T is not None:
+            losses_R += ce_R
+        if grads:
+            if tau != 1:
+                q_RV.mul_(tau)
+            if self.labels_T is not None:
+                q_RV.add_(ce_RV)
+            if softcap is not None:
+                q_RV.mul_(slope_RV)
+
+    def _divergence(self, logits: Tensor, tokens: slice, work: list[Tensor]) -> Tensor:
+        """The divergences of tokens; turns the student's logits into dL/ds. The teacher's are lost."""
+        if isinstance(self.teacher, Buckets):
+            buckets = (self.teacher.indices_TK, self.teacher.log_probs_TK, self.teacher.log_tail_T)
+            return _buckets(logits[0], *(t[tokens] for t in buckets))
+        q_RV, p_RV = logits
+        _finish(p_RV, self.teacher)
+        p_RV.mul_(1 / self.objective.temperature)
         if self.objective.loss == "kl":
-            return _kl(q_CV, p_CV, rest[0])
+            return _kl(q_RV, p_RV, *work)
         if self.objective.loss == "reverse_kl":
-            return _reverse_kl(q_CV, p_CV.clamp_(min=FLOOR), rest[0])
-        return _jsd(q_CV, p_CV, rest[0], rest[1], self.objective.beta)
-
-    def _cross_entropy(self, logits_CV: Tensor, labels_C: Tensor, grad_CV: Tensor) -> Tensor:
-        """The weighted sum over labelled tokens; grad gets its gradient for the logits at temperature 1."""
-        share = self.objective.ce_weight / self.labelled
-        known_C1 = (labels_C != IGNORED)[:, None]
-        index_C1 = labels_C[:, None].masked_fill(~known_C1, 0)
-        log_sum_C1 = torch.logsumexp(logits_CV, dim=-1, keepdim=True)
-        loss = (log_sum_C1 - logits_CV.gather(1, index_C1)).double().masked_fill(~known_C1, 0).sum() * share
-        if self.want:
-            weight_C1 = known_C1.to(logits_CV.dtype) * share
-            torch.sub(logits_CV, log_sum_C1, out=grad_CV).exp_().mul_(weight_C1)
-            grad_CV.scatter_add_(1, index_C1, -weight_C1)
-        return loss
+            return _reverse_kl(q_RV, p_RV, *work)
+        return _jsd(self.objective.beta, q_RV, p_RV, *work)
 
 
-def _logits(out_CV: Tensor, side: Side, softcap: float | None) -> None:
-    hidden_CD, head_VD, bias_V = side
-    torch.mm(hidden_CD, head_VD.t(), out=out_CV)
-    if bias_V is not None:
-        out_CV.add_(bias_V)
-    if softcap is not None:
-        out_CV.mul_(1 / softcap).tanh_().mul_(softcap)
+def _cross_entropy(logits_RV: Tensor, labels_R: Tensor, share: Tensor, grad_RV: Tensor) -> Tensor:
+    """The weighted cross-entropy of tokens; grad gets its gradient for the logits."""
+    known_R1 = (labels_R != IGNORED)[:, None]
+    index_R1 = labels_R[:, None].masked_fill(~known_R1, 0)
+    weight_R1 = known_R1 * share.to(logits_RV.dtype)
+    log_sum_R1 = _softmax(logits_RV, grad_RV)
+    loss_R1 = (log_sum_R1 - logits_RV.gather(1, index_R1)) * weight_R1
+    grad_RV.mul_(weight_R1).scatter_add_(1, index_R1, -weight_R1)
+    return loss_R1[:, 0]
 
 
-def _kl(q_CV: Tensor, p_CV: Tensor, work_CV: Tensor) -> Tensor:
-    torch.exp(p_CV, out=work_CV)
-    kl_C: Tensor = torch.linalg.vecdot(work_CV, p_CV.sub_(q_CV))
-    q_CV.exp_().sub_(work_CV)
-    return kl_C
+def _finish(logits_RV: Tensor, side: Side) -> None:
+    if side.bias_V is not None:
+        logits_RV.add_(side.bias_V)
+    if side.softcap is not None:
+        logits_RV.mul_(1 / side.softcap).tanh_().mul_(side.softcap)
 
 
-def _reverse_kl(q_CV: Tensor, p_CV: Tensor, work_CV: Tensor) -> Tensor:
-    torch.sub(q_CV, p_CV, out=work_CV)
-    kl_C: Tensor = torch.linalg.vecdot(q_CV.exp_(), work_CV)
-    q_CV.mul_(work_CV.sub_(kl_C[:, None]))
-    return kl_C
+def _softmax(s_RV: Tensor, out_RV: Tensor) -> Tensor:
+    """Writes the softmax of each row; returns its log-sum-exp."""
+    peak_R1 = s_RV.amax(-1, keepdim=True)
+    sum_R1 = torch.sub(s_RV, peak_R1, out=out_RV).exp_().sum(-1, keepdim=True)
+    out_RV.mul_(1 / sum_R1)
+    return peak_R1 + sum_R1.log()
 
 
-def _jsd(q_CV: Tensor, p_CV: Tensor, m_CV: Tensor, work_CV: Tensor, beta: float) -> Tensor:
-    torch.logaddexp(
-        torch.add(p_CV, math.log(beta), out=m_CV), torch.add(q_CV, math.log1p(-beta), out=work_CV), out=m_CV
-    )
-    torch.exp(p_CV, out=work_CV)
-    from_p_C: Tensor = torch.linalg.vecdot(work_CV, p_CV.sub_(m_CV))
-    torch.sub(q_CV, m_CV, out=m_CV)
-    from_q_C: Tensor = torch.linalg.vecdot(q_CV.exp_(), m_CV)
-    q_CV.mul_(m_CV.sub_(from_q_C[:, None])).mul_(1 - beta)
-    return beta * from_p_C + (1 - beta) * from_q_C
+def _kl(q_RV: Tensor, p_RV: Tensor, work_RV: Tensor) -> Tensor:
+    q_RV.sub_(q_RV.amax(-1, keepdim=True))
+    p_RV.sub_(p_RV.amax(-1, keepdim=True))
+    torch.sub(p_RV, q_RV, out=work_RV)
+    sum_q_R1, sum_p_R1 = (t.exp_().sum(-1, keepdim=True) for t in (q_RV, p_RV))
+    p_RV.mul_(1 / sum_p_R1)
+    kl_R: Tensor = torch.linalg.vecdot(p_RV, work_RV)
+    q_RV.mul_(1 / sum_q_R1).sub_(p_RV)
+    return kl_R + (sum_q_R1.log() - sum_p_R1.log())[:, 0]
+
+
+def _reverse_kl(q_RV: Tensor, p_RV: Tensor, work_RV: Tensor) -> Tensor:
+    p_RV.sub_(_softmax(p_RV, work_RV)).clamp_(min=FLOOR)
+    log_sum_R1 = _softmax(q_RV, work_RV)
+    q_RV.sub_(log_sum_R1).sub_(p_RV)
+    kl_R: Tensor = torch.linalg.vecdot(work_RV, q_RV)
+    q_RV.sub_(kl_R[:, None]).mul_(work_RV)
+    return kl_R
+
+
+def _jsd(beta: float, log_q_RV: Tensor, log_p_RV: Tensor, q_RV: Tensor, p_RV: Tensor, log_m_RV: Tensor) -> Tensor:
+    log_q_RV.sub_(_softmax(log_q_RV, q_RV))
+    log_p_RV.sub_(_softmax(log_p_RV, p_RV))
+    # where both probabilities underflow they weigh nothing, and the floor keeps 0 times the logarithm 0
+    torch.mul(p_RV, beta, out=log_m_RV).add_(q_RV, alpha=1 - beta)
+    log_m_RV.clamp_(min=torch.finfo(log_m_RV.dtype).tiny).log_()
+    from_p_R: Tensor = torch.linalg.vecdot(p_RV, log_p_RV.sub_(log_m_RV))
+    from_q_R: Tensor = torch.linalg.vecdot(q_RV, log_q_RV.sub_(log_m_RV))
+    log_q_RV.sub_(from_q_R[:, None]).mul_(q_RV).mul_(1 - beta)
+    return beta * from_p_R + (1 - beta) * from_q_R
+
+
+def _buckets(s_RV: Tensor, indices_RK: Tensor, log_p_RK: Tensor, log_tail_R: Tensor) -> Tensor:
+    known_RK = s_RV.gather(1, indices_RK)
+    s_RV.scatter_(1, indices_RK, -torch.inf)
+    # finite where no token is left, and then the sum is 0
+    peak_R1 = s_RV.amax(-1, keepdim=True).clamp(min=torch.finfo(s_RV.dtype).min)
+    sum_R1 = s_RV.sub_(peak_R1).exp_().sum(-1, keepdim=True)
+    log_rest_R1 = peak_R1 + sum_R1.log()
+    log_all_R1 = torch.logaddexp(known_RK.logsumexp(-1, keepdim=True), log_rest_R1)
+    log_q_RK, log_q_tail_R = known_RK - log_all_R1, (log_rest_R1 - log_all_R1)[:, 0]
+    p_RK, tail_R = log_p_RK.exp(), log_tail_R.exp()
+    share_R1 = (log_q_tail_R.exp() - tail_R)[:, None] / sum_R1
+    s_RV.mul_(share_R1.masked_fill(sum_R1 == 0, 0)).scatter_(1, indices_RK, log_q_RK.exp() - p_RK)
+    return torch.linalg.vecdot(p_RK, log_p_RK - log_q_RK) + tail_R * (log_tail_R - log_q_tail_R.clamp(min=NEVER))

@@ -1,22 +1,87 @@
-"""What a distillation loss minimises, apart from tensors."""
+"""What a distillation loss minimises, and what it is given.
+
+T tokens, K kept tokens of the teacher, V vocabulary, D width.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd")
 IGNORED = -100  # label of a token without one, as in torch's cross_entropy
 FLOOR = -100.0  # least log-probability of the teacher in the reverse KL: e^-100 is 0 in float32
+# stands for a bias of -inf: its probability is exactly 0, and 0 times its log is 0 where 0 times -inf is NaN
+NEVER = -1e30
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Arguments of `distill_loss` under the same names."""
+    """Arguments of `distill_loss` under the same names; `loss` is 'kl' for a teacher in buckets."""
 
     loss: str
     temperature: float
     beta: float
     ce_weight: float
-    student_softcap: float | None
-    teacher_softcap: float | None
-    chunk: int
+    chunk: int | None
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model's end: its logits are softcap * tanh(scale * (hidden @ head^T + bias) / softcap)."""
+
+    hidden_TD: Tensor
+    head_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+    softcap: float | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of hidden states and head."""
+        return torch.promote_types(self.hidden_TD.dtype, self.head_VD.dtype)
+
+    def prepared(self, dtype: torch.dtype) -> Side:
+        """In one dtype, with the scale inside the hidden states and the bias."""
+        hidden, head, bias = self.hidden_TD.to(dtype), self.head_VD.to(dtype), self.bias_V
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
+        bias = None if bias is None else (bias.to(dtype) * self.scale).clamp(min=NEVER)
+        return replace(self, hidden_TD=hidden, head_VD=head, bias_V=bias, scale=1.0)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """A teacher of which K tokens are known, and the rest as one probability."""
+
+    indices_TK: Tensor
+    log_probs_TK: Tensor
+    log_tail_T: Tensor
+
+    @staticmethod
+    def of(indices_TK: Tensor, log_probs_TK: Tensor, vocabulary: int, dtype: torch.dtype) -> Buckets:
+        """With rows that sum to 1: rounded log-probabilities may sum to more, and a tail within rounding is 0."""
+        log_probs = log_probs_TK.to(dtype).clamp(min=NEVER)
+        total_T1 = log_probs.exp().sum(-1, keepdim=True)
+        tail_T = 1 - total_T1[:, 0]
+        small = tail_T < 16 * torch.finfo(dtype).eps
+        if indices_TK.shape[1] == vocabulary:
+            small = torch.ones_like(small)
+        log_probs = torch.where(small[:, None], log_probs - total_T1.log(), log_probs)
+        return Buckets(indices_TK, log_probs, tail_T.masked_fill(small, 0).log().clamp(min=NEVER))
+
+
+def cross_entropy_share(labels_T: Tensor | None, objective: Objective) -> Tensor | None:
+    """What a labelled token's cross-entropy weighs where a divergence weighs 1; a tensor, not to wait for a GPU."""
+    if labels_T is None:
+        return None
+    return objective.ce_weight * labels_T.shape[0] / (labels_T != IGNORED).sum().clamp(min=1).double()
+
+
+def chunk_rows(tokens: int, most: int, multiple: int = 1) -> int:
+    """The rows of equal chunks, none larger than `most` rounded up to the multiple."""
+    chunks = math.ceil(tokens / max(most, 1)) or 1
+    return max(math.ceil(math.ceil(tokens / chunks) / multiple) * multiple, 1)

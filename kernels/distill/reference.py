@@ -1,6 +1,6 @@
 """The distillation losses with all logits written out, for autograd: [tokens, vocabulary] of both sides, obvious.
 
-T tokens, V vocabulary, D and E widths of student and teacher.
+T tokens, K kept tokens of the teacher, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,25 +11,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .objective import FLOOR, IGNORED, Objective
+from .objective import FLOOR, IGNORED, Buckets, Objective, Side
 
 
-def distill_reference(
-    student_TD: Tensor,
-    student_head_VD: Tensor,
-    student_bias_V: Tensor | None,
-    teacher_TE: Tensor,
-    teacher_head_VE: Tensor,
-    teacher_bias_V: Tensor | None,
-    labels_T: Tensor | None,
-    objective: Objective,
-) -> Tensor:
+def distill_reference(student: Side, teacher: Side, labels_T: Tensor | None, objective: Objective) -> Tensor:
     """The scalar loss; a missing token count divides by 1."""
+    student_TV, teacher_TV = _logits(student), _logits(teacher).detach()
     tau = objective.temperature
-    student_TV = _logits(student_TD, student_head_VD, student_bias_V, objective.student_softcap)
-    teacher_TV = _logits(teacher_TE, teacher_head_VE, teacher_bias_V, objective.teacher_softcap).detach()
     log_q_TV, log_p_TV = F.log_softmax(student_TV / tau, dim=-1), F.log_softmax(teacher_TV / tau, dim=-1)
-    divergence = tau**2 * _divergence(log_p_TV, log_q_TV, objective).sum() / max(student_TD.shape[0], 1)
+    return _total(_divergence(log_p_TV, log_q_TV, objective), student_TV, labels_T, objective)
+
+
+def topk_reference(student: Side, teacher: Buckets, labels_T: Tensor | None, objective: Objective) -> Tensor:
+    """The scalar loss over the K known tokens and a bucket for all others."""
+    student_TV = _logits(student)
+    log_q_TV = F.log_softmax(student_TV / objective.temperature, dim=-1)
+    log_q_TK = log_q_TV.gather(1, teacher.indices_TK)
+    kl_T = (teacher.log_probs_TK.exp() * (teacher.log_probs_TK - log_q_TK)).sum(-1)
+    if log_q_TK.shape[1] < log_q_TV.shape[1]:
+        log_rest_T = log_q_TV.scatter(1, teacher.indices_TK, -math.inf).logsumexp(-1)
+        kl_T = kl_T + teacher.log_tail_T.exp() * (teacher.log_tail_T - log_rest_T)
+    return _total(kl_T, student_TV, labels_T, objective)
+
+
+def _total(divergence_T: Tensor, student_TV: Tensor, labels_T: Tensor | None, objective: Objective) -> Tensor:
+    divergence = objective.temperature**2 * divergence_T.sum() / max(student_TV.shape[0], 1)
     if labels_T is None:
         return divergence
     labelled = (labels_T != IGNORED).sum().clamp(min=1)
@@ -37,9 +43,10 @@ def distill_reference(
     return divergence + objective.ce_weight * ce
 
 
-def _logits(hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
-    logits_TV = F.linear(hidden_TD, head_VD, bias_V)
-    return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
+def _logits(side: Side) -> Tensor:
+    side = side.prepared(torch.promote_types(side.dtype, torch.float32))
+    logits_TV = F.linear(side.hidden_TD, side.head_VD, side.bias_V)
+    return logits_TV if side.softcap is None else side.softcap * torch.tanh(logits_TV / side.softcap)
 
 
 def _divergence(log_p_TV: Tensor, log_q_TV: Tensor, objective: Objective) -> Tensor:

