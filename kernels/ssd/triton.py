@@ -6,7 +6,6 @@ B batch, L length, H heads, G groups, P head width, N state width.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,15 +170,11 @@ def _finish(
         finish_kernel, (plan.heads,),
         read, write, dw_parts, skip, final, final if dfinal is None else dfinal, dlog_a, dw, dD,
         plan.length, plan.heads, plan.batch, read.shape[0], dw_parts.shape[0], skip.shape[2],
-        **_finish_sizes(plan.P * plan.N, skip.shape[2]),
+        plan.P * plan.N, BLOCK_STATE=512, BLOCK=512, BLOCK_PARTS=1 << (skip.shape[2] - 1).bit_length(),
         name=f"ssd.finish {plan.size}", warps=4, stages=1,
         WEIGHTS=w is not None, SKIP=D is not None, LEAVE=dfinal is not None,
     )  # fmt: skip
     return dlog_a, dw, dD
-
-
-def _finish_sizes(state: int, parts: int) -> dict[str, Any]:
-    return {"STATE": state, "BLOCK_STATE": 1024, "BLOCK": 1024, "BLOCK_PARTS": 1 << (parts - 1).bit_length()}
 
 
 @torch.no_grad()

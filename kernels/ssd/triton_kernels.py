@@ -260,8 +260,8 @@ def walk_kernel(
 @triton.jit
 def finish_kernel(
     read_ptr, write_ptr, dw_ptr, skip_ptr, state_ptr, dstate_ptr, dlog_a_ptr, dw_out_ptr, dD_ptr,
-    tokens, heads, sequences, tiles_n, tiles_p, parts,
-    STATE: tl.constexpr, BLOCK_STATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    tokens, heads, sequences, tiles_n, tiles_p, parts, state_size,
+    BLOCK_STATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     WEIGHTS: tl.constexpr, SKIP: tl.constexpr, LEAVE: tl.constexpr,
 ):  # fmt: skip
     """dlog_a = reverse-cumsum(<C, dC> - <B, dB>) + <S, dS> of the final state; sums dw and dD over their parts.
@@ -275,9 +275,9 @@ def finish_kernel(
         bh = b * heads + h
         later = 0.0
         if LEAVE:
-            for first in range(0, STATE, BLOCK_STATE):
-                at = bh * STATE + first + place
-                inside = first + place < STATE
+            for first in range(0, state_size, BLOCK_STATE):
+                at = bh * state_size + first + place
+                inside = first + place < state_size
                 later += tl.sum(
                     tl.load(state_ptr + at, mask=inside, other=0.0) * tl.load(dstate_ptr + at, mask=inside, other=0.0),
                     0,

@@ -28,11 +28,13 @@ class Launch:
     tile: int
     warps: int
     stages: int
+    # why it need not fit twice on a multiprocessor
+    exempt: str = ""
 
 
 # by architecture and bytes per element; the first row that is wide enough is taken
-HALF_90 = (Launch(64, 64, 64, 4, 2), Launch(128, 64, 32, 4, 2), Launch(256, 64, 16, 8, 2))
-HALF_80 = (Launch(64, 64, 32, 4, 2), Launch(128, 64, 16, 8, 2))
+HALF_90 = (Launch(64, 64, 64, 4, 2), Launch(128, 64, 32, 4, 2), Launch(256, 64, 16, 8, 2, "wider than 128"))
+HALF_80 = (Launch(64, 64, 32, 4, 2), Launch(128, 64, 16, 8, 2, "four warps would spill"))
 FULL = (Launch(64, 32, 32, 4, 1), Launch(128, 32, 16, 8, 1))
 LAUNCHES = {
     ("sm_90", 2): HALF_90,
@@ -130,6 +132,5 @@ class Shape:
             "Q": row.chunk,
             "PRECISION": plan.precision,
         }
-        exempt = "wider than 128" if key > 128 else ""
-        options = {"warps": row.warps, "stages": row.stages, "exempt": exempt}
+        options = {"warps": row.warps, "stages": row.stages, "exempt": row.exempt}
         return cls(widths, options, -(-value // tile), (1, plan.N) if wide_state else (plan.N, 1))
