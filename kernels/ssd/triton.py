@@ -171,7 +171,7 @@ def _finish(
         read, write, dw_parts, skip, final, final if dfinal is None else dfinal, dlog_a, dw, dD,
         plan.length, plan.heads, plan.batch, read.shape[0], dw_parts.shape[0], skip.shape[2],
         plan.P * plan.N, BLOCK_STATE=512, BLOCK=512, BLOCK_PARTS=1 << (skip.shape[2] - 1).bit_length(),
-        name=f"ssd.finish {plan.size}", warps=4, stages=1,
+        name=f"ssd.finish {plan.size}", warps=8, stages=1,
         WEIGHTS=w is not None, SKIP=D is not None, LEAVE=dfinal is not None,
     )  # fmt: skip
     return dlog_a, dw, dD
