@@ -25,7 +25,7 @@ from typing import Any
 from ssmorph.errors import fail, nearest
 from ssmorph.kernels.common.shipped import Shipped
 
-OPS = ("ssd", "conv", "norm", "distill")
+OPS = ("ssd", "conv", "norm", "mixing", "distill")
 DTYPES = ("bf16", "fp16", "fp32")
 
 

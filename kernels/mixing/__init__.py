@@ -8,14 +8,18 @@ from torch import Tensor
 from ssmorph.errors import fail, nearest
 
 from ..common.dispatch import Backends
+from ..common.gpu import refuses_triton
 from .teacher import Teacher
 
 BACKENDS = Backends(
     "mixing_loss",
     {
-        "chunked": "ssmorph.kernels.mixing.chunked:mixing_chunked",
-        "reference": "ssmorph.kernels.mixing.reference:mixing_reference",
+        "chunked": "ssmorph.kernels.mixing.plain:chunked",
+        "triton": "ssmorph.kernels.mixing.triton:mixing_triton",
+        "reference": "ssmorph.kernels.mixing.plain:reference",
     },
+    refuses={"triton": refuses_triton},
+    on_gpu="triton",
 )
 LOSSES = ("cosine", "frobenius")
 
@@ -44,7 +48,7 @@ def mixing_loss(
 
     `frobenius` is the mean over batch and head of the norm of M_h - A_h, `cosine` the mean over rows of 1 - cos(M_h[t],
     A_h[t]), where a row of zeros has cosine 0. Gradients go to C, B, log_a, w and D; the teacher's side gets none.
-    Computed in float32 (float64 for float64). Whatever stands at padded tokens has no influence and gets gradient 0.
+    Computed in float32 (float64 for float64); 'triton' multiplies half-precision inputs as they are. Whatever stands at padded tokens has no influence and gets gradient 0.
 
     Args:
         C_BLHN, B_BLHN: read and write vectors; fewer groups than H are repeated, head h using group h // (H / groups).
@@ -75,7 +79,7 @@ def mixing_loss(
     function = BACKENDS.load(backend, C_BLHN.device)
     work = torch.promote_types(C_BLHN.dtype, torch.float32)
     heads = log_a_BLH.shape[2]
-    C, B, q, k = (_per_head(t.to(work), heads) for t in (C_BLHN, B_BLHN, q_BLHK.detach(), k_BLGK.detach()))
+    C, B, q, k = (_per_head(t, heads) for t in (C_BLHN, B_BLHN, q_BLHK.detach(), k_BLGK.detach()))
     log_a = log_a_BLH.to(work)
     w = torch.ones_like(log_a) if w_BLH is None else w_BLH.to(work)
     D = log_a.new_zeros(heads) if D_H is None else D_H.to(work)
