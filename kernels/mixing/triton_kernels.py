@@ -75,8 +75,8 @@ def _online(peak, x, t, s, window, valid, CAUSAL: tl.constexpr, WINDOW: tl.const
 
 
 @triton.jit
-def _head(ptr, b, h, tokens, heads, stride):
-    return ptr + b * tokens * stride + h * (stride // heads)
+def _head(ptr, b, h, tokens, stride, WIDTH: tl.constexpr):
+    return ptr + b * tokens * stride + h * WIDTH
 
 
 @triton.jit
@@ -93,8 +93,8 @@ def statistics_kernel(
     block = blocks - 1 - tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h, first = bh // heads, bh % heads, block * Q
-    q_ptr, k_ptr = _head(q_ptr, b, h, tokens, heads, stride_k), _head(k_ptr, b, h, tokens, heads, stride_k)
-    C_ptr, B_ptr = _head(C_ptr, b, h, tokens, heads, stride_n), _head(B_ptr, b, h, tokens, heads, stride_n)
+    q_ptr, k_ptr = _head(q_ptr, b, h, tokens, stride_k, K), _head(k_ptr, b, h, tokens, stride_k, K)
+    C_ptr, B_ptr = _head(C_ptr, b, h, tokens, stride_n, N), _head(B_ptr, b, h, tokens, stride_n, N)
     line = bh * tokens
     place = tl.arange(0, Q)
     t = first + place
@@ -177,8 +177,8 @@ def rows_kernel(
     block = blocks - 1 - tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h, first = bh // heads, bh % heads, block * Q
-    q_ptr, k_ptr = _head(q_ptr, b, h, tokens, heads, stride_k), _head(k_ptr, b, h, tokens, heads, stride_k)
-    C_ptr, B_ptr = _head(C_ptr, b, h, tokens, heads, stride_n), _head(B_ptr, b, h, tokens, heads, stride_n)
+    q_ptr, k_ptr = _head(q_ptr, b, h, tokens, stride_k, K), _head(k_ptr, b, h, tokens, stride_k, K)
+    C_ptr, B_ptr = _head(C_ptr, b, h, tokens, stride_n, N), _head(B_ptr, b, h, tokens, stride_n, N)
     line = bh * tokens
     place = tl.arange(0, Q)
     t = first + place
@@ -229,7 +229,7 @@ def rows_kernel(
             beta = tl.load(beta_ptr + line + t, mask=inside, other=0.0)
             dC *= beta[:, None]
             skip *= beta
-        _store(dC_ptr + b * tokens * stride_n + h * (stride_n // heads), dC, first, tokens, stride_n, N, BLOCK_N, Q)
+        _store(_head(dC_ptr, b, h, tokens, stride_n, N), dC, first, tokens, stride_n, N, BLOCK_N, Q)
         tl.store(read_ptr + line + t, tl.sum(dC * C.to(tl.float32), 1), mask=inside)
         tl.store(skip_ptr + bh * blocks + block, tl.sum(skip, 0))
 
@@ -245,8 +245,8 @@ def columns_kernel(
     block = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h, first = bh // heads, bh % heads, block * Q
-    q_ptr, k_ptr = _head(q_ptr, b, h, tokens, heads, stride_k), _head(k_ptr, b, h, tokens, heads, stride_k)
-    C_ptr, B_ptr = _head(C_ptr, b, h, tokens, heads, stride_n), _head(B_ptr, b, h, tokens, heads, stride_n)
+    q_ptr, k_ptr = _head(q_ptr, b, h, tokens, stride_k, K), _head(k_ptr, b, h, tokens, stride_k, K)
+    C_ptr, B_ptr = _head(C_ptr, b, h, tokens, stride_n, N), _head(B_ptr, b, h, tokens, stride_n, N)
     line = bh * tokens
     place = tl.arange(0, Q)
     s = first + place
@@ -294,5 +294,4 @@ def columns_kernel(
         decay *= tl.load(beta_ptr + line + s, mask=inside, other=0.0)[None, :]
     dB = tl.dot(((M - A) * decay).to(C.dtype), C, dB * rest[:, None], input_precision=PRECISION)
     tl.store(dw_ptr + line + s, tl.sum(dB * B.to(tl.float32), 1), mask=inside)
-    dB_ptr += b * tokens * stride_n + h * (stride_n // heads)
-    _store(dB_ptr, dB * w[:, None], first, tokens, stride_n, N, BLOCK_N, Q)
+    _store(_head(dB_ptr, b, h, tokens, stride_n, N), dB * w[:, None], first, tokens, stride_n, N, BLOCK_N, Q)
