@@ -48,7 +48,8 @@ def mixing_loss(
 
     `frobenius` is the mean over batch and head of the norm of M_h - A_h, `cosine` the mean over rows of 1 - cos(M_h[t],
     A_h[t]), where a row of zeros has cosine 0. Gradients go to C, B, log_a, w and D; the teacher's side gets none.
-    Computed in float32 (float64 for float64); 'triton' multiplies half-precision inputs as they are. Whatever stands at padded tokens has no influence and gets gradient 0.
+    Computed in float32 (float64 for float64); 'triton' multiplies half-precision inputs as they are. Whatever stands at
+    padded tokens has no influence and gets gradient 0.
 
     Args:
         C_BLHN, B_BLHN: read and write vectors; fewer groups than H are repeated, head h using group h // (H / groups).

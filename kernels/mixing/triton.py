@@ -23,7 +23,7 @@ from ..common.shipped import Shipped
 from .teacher import Teacher
 from .triton_kernels import columns_kernel, rows_kernel, statistics_kernel
 
-LOG2E = math.log2(math.e)
+LOG2E, LEAST = math.log2(math.e), -150.0
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,16 @@ class Launch:
 
 
 # by architecture and bytes per element; the first row that is wide enough is taken
+WIDE = Launch(128, 32, 8, 2, "four warps would spill")
+HALF_80 = (Launch(64, 32, 4, 2), WIDE)
+FULL = (Launch(64, 32, 4, 1), Launch(128, 32, 8, 1))
 LAUNCHES = {
-    ("sm_90", 2): (Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)),
-    ("sm_80", 2): (Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)),
-    ("gfx942", 2): (Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)),
-    ("sm_90", 4): (Launch(64, 32, 4, 1), Launch(128, 32, 8, 1)),
-    ("sm_80", 4): (Launch(64, 32, 4, 1), Launch(128, 32, 8, 1)),
-    ("gfx942", 4): (Launch(64, 32, 4, 1), Launch(128, 32, 8, 1)),
+    ("sm_90", 2): (Launch(64, 64, 4, 2), WIDE),
+    ("sm_80", 2): HALF_80,
+    ("gfx942", 2): HALF_80,
+    ("sm_90", 4): FULL,
+    ("sm_80", 4): FULL,
+    ("gfx942", 4): FULL,
 }
 
 
@@ -64,7 +67,9 @@ def mixing_triton(
     q, k = _alike(teacher.q_BLHK, teacher.k_BLHK)
     teacher = Teacher(q, k, teacher.scale, teacher.window, teacher.softcap, teacher.sinks_H)
     row = _row_for(C, q)
-    loss_H: Tensor = _MixingLoss.apply(C, B, log_a_BLH, w_BLH, D_H, teacher, valid_BL, loss, row, torch.is_grad_enabled())
+    loss_H: Tensor = _MixingLoss.apply(
+        C, B, log_a_BLH, w_BLH, D_H, teacher, valid_BL, loss, row, torch.is_grad_enabled()
+    )
     return loss_H
 
 
@@ -143,21 +148,21 @@ class _Tiles:
         inputs = (self.C, self.B, teacher.q_BLHK, teacher.k_BLHK, self.upto, self.rest, self.w, self.D)
         sinks = None if teacher.sinks_H is None else teacher.sinks_H.float() * LOG2E
         self._launch(
-            "statistics", statistics_kernel, *inputs, self.D if sinks is None else sinks, self.valid, shift, alpha, beta,
-            parts, SINK=sinks is not None,
+            "statistics", statistics_kernel, *inputs, self.D if sinks is None else sinks, self.valid, shift, alpha,
+            beta, parts, SINK=sinks is not None,
         )  # fmt: skip
-        inputs = (*inputs, self.valid, shift, alpha, beta)
+        more = (*inputs, self.valid, shift, alpha, beta)
         dC, dB = (torch.empty_like(t) if want else t for t in (self.C, self.B))
         read, dw = torch.empty_like(lines[:2]) if want else lines[:2]
         skip = torch.empty_like(parts)
         if want or not self.cosine:
-            self._launch("rows", rows_kernel, *inputs, dC, read, skip, parts, WANT=want)
+            self._launch("rows", rows_kernel, *more, dC, read, skip, parts, WANT=want)
         total = parts.sum(-1)
         if not self.cosine:
             total = total.sqrt()
         if not want:
             return total, []
-        self._launch("columns", columns_kernel, *inputs, dB, dw)
+        self._launch("columns", columns_kernel, *more, dB, dw)
         change = (read - self.w * dw).double()
         dlog_a = change.flip(-1).cumsum(-1).flip(-1)
         dlog_a[..., 0] = 0  # nothing comes before the first token; the sum leaves rounding there
@@ -191,7 +196,8 @@ def _block(width: int) -> int:
 def _decay_in_blocks(log_a_BHL: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """log2 of the decay from the start of each token's block to the token, and from the token to the block's end."""
     length = log_a_BHL.shape[-1]
-    blocks = F.pad(log_a_BHL * LOG2E, (0, -length % rows)).unflatten(-1, (-1, rows))
+    # 2^LEAST is 0 in float32, and a cumulative sum of more would blur the decays of the tokens after it
+    blocks = F.pad((log_a_BHL * LOG2E).clamp(min=LEAST), (0, -length % rows)).unflatten(-1, (-1, rows))
     later = F.pad(blocks[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
     upto, rest = (t.flatten(-2)[..., :length].contiguous() for t in (blocks.cumsum(-1), later))
     return upto, rest

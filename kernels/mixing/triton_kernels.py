@@ -1,4 +1,4 @@
-"""The mixing losses on a GPU, a tile of both matrices at a time: statistics of rows, then gradients by rows and columns.
+"""The mixing losses on a GPU, a tile of both matrices at a time: statistics of rows, gradients by rows and columns.
 
 With the loss's dL/dM = beta_t (alpha_t M - A), where A = 2^(x - shift_t) and x are the teacher's scores to base 2:
 
@@ -13,7 +13,6 @@ smallest distance first, and stays as precise as a single decay.
 A program owns Q rows t (or columns s) of one head. N state width, K key width.
 """
 
-# ruff: noqa: RUF059
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
@@ -187,9 +186,11 @@ def rows_kernel(
     C = _load(C_ptr, first, tokens, stride_n, N, BLOCK_N, Q)
     upto = tl.load(upto_ptr + line + t, mask=inside, other=0.0)
     shift = tl.load(shift_ptr + line + t, mask=inside, other=INFINITE)
-    alpha = tl.load(alpha_ptr + line + t, mask=inside, other=0.0) if COSINE else 1.0
     read = tl.exp2(upto)
-    read_M = read * alpha
+    read_M = read
+    if COSINE:
+        alpha = tl.load(alpha_ptr + line + t, mask=inside, other=0.0)
+        read_M = read * alpha
     dC = tl.zeros((Q, BLOCK_N), tl.float32)
     squares = tl.zeros((Q,), tl.float32)
     between = 0.0
@@ -218,7 +219,9 @@ def rows_kernel(
     decay = _diagonal_decay(upto, place) * tl.load(w_ptr + line + t, mask=inside, other=0.0)[None, :]
     here = (place[:, None] == place[None, :]) & valid[None, :]
     M = tl.dot(C, tl.trans(B), input_precision=PRECISION) * decay + tl.where(here, tl.load(D_ptr + h), 0.0)
-    residual = (M * alpha[:, None] if COSINE else M) - A
+    if COSINE:
+        M *= alpha[:, None]
+    residual = M - A
     if not COSINE:
         squares += tl.sum(residual * residual, 1)
         tl.store(loss_ptr + bh * blocks + block, tl.sum(squares, 0))
