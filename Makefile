@@ -26,7 +26,7 @@ test: lint types
 # On a machine with a card, in whatever environment has torch, triton and pytest: nothing is installed.
 gpu:
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/kernels
-	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.gpu
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.kernels --device cuda
 
 # The kernel tests with the oldest triton that pyproject.toml allows, in an environment of its own.
 floor: .venv/ready-test
