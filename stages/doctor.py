@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ssmorph.kernels import distill, mixing, ssd
+from ssmorph.kernels import conv, distill, mixing, norm, ssd
+from ssmorph.kernels.common.dispatch import Backends
 
 from .threads import _seconds, choose_threads
 
@@ -45,8 +46,7 @@ def examine() -> dict[str, Any]:
             n: ("found" if find_spec(n) else f"missing ({what}): pip install --no-deps {n}") for n, what in DATA.items()
         },
         "kernels on this device": {
-            op.__name__.rsplit(".", 1)[-1]: f"{op.BACKENDS.choose(None, device)} of {', '.join(op.BACKENDS.names)}"
-            for op in (ssd, mixing, distill)
+            op.__name__.rsplit(".", 1)[-1]: _backends(op.BACKENDS, device) for op in (ssd, conv, norm, mixing, distill)
         },
         "threads": {
             "chosen": threads,
@@ -55,6 +55,11 @@ def examine() -> dict[str, Any]:
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set: spinning threads can starve each other"),
         },
     }
+
+
+def _backends(backends: Backends, device: torch.device) -> str:
+    refused = "; ".join(f"{name}: {why}" for name, why in backends.refusals(device).items())
+    return f"{backends.choose(None, device)}" + (f" ({refused})" if refused else "")
 
 
 def _gpu() -> str:

@@ -29,7 +29,7 @@ class Backends:
         targets: backend name -> 'module:function', imported at first use, the best on a CPU first.
         on_gpu: the name of the backend to prefer on a GPU.
         refuses: backend name -> a function that says why the backend cannot run on a device, or None where it can.
-            It is asked before the import, so it must not need the backend's own dependencies.
+            It is asked at every call and before the import, so it must be quick and not need what the backend needs.
     """
 
     def __init__(
@@ -65,12 +65,17 @@ class Backends:
         return name
 
     def _log(self, name: str, device: torch.device, where: str | None) -> None:
-        best = self._on_gpu if device.type == "cuda" else None
-        if where is None and best not in (None, name):
+        best = self._order(device)[0]
+        if where is None and best != name:
             log.warning("%s: backend %s on %s, since %s", self.op_name, name, device.type, self._reason(best, device))
         else:
             why = f"as {where} asks" if where else "the best one here"
             log.info("%s: backend %s on %s, %s", self.op_name, name, device.type, why)
+
+    def refusals(self, device: torch.device) -> dict[str, str]:
+        """The backends that cannot run on the device, with the reason."""
+        reasons = {name: self._reason(name, device) for name in self._targets}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def load(self, requested: str | None, device: torch.device) -> Callable[..., Any]:
         """The function of the chosen backend.
@@ -98,12 +103,16 @@ class Backends:
         return name
 
     def _first(self, device: torch.device) -> str:
-        order = sorted(self._targets, key=lambda name: name != self._on_gpu) if device.type == "cuda" else self.names
-        reasons = {name: self._reason(name, device) for name in order}
-        for name, reason in reasons.items():
-            if reason is None:
+        reasons: dict[str, str | None] = {}
+        for name in self._order(device):
+            reasons[name] = self._reason(name, device)
+            if reasons[name] is None:
                 return name
         raise fail(self.op_name, f"needs a backend for {device.type}", reasons, "Use another device.")
+
+    def _order(self, device: torch.device) -> tuple[str, ...]:
+        first = (self._on_gpu,) if device.type == "cuda" and self._on_gpu else ()
+        return (*first, *(name for name in self._targets if name not in first))
 
     def _reason(self, name: str, device: torch.device) -> str | None:
         return self._refuses[name](device) if name in self._refuses else None

@@ -9,16 +9,18 @@ from ssmorph.errors import fail, nearest
 
 from ..common.dispatch import Backends
 from ..common.gpu import refuses_triton
+from ..common.native import refuses_native
 from .teacher import Teacher
 
 BACKENDS = Backends(
     "mixing_loss",
     {
+        "native": "ssmorph.kernels.mixing.native:mixing_native",
         "chunked": "ssmorph.kernels.mixing.plain:chunked",
         "triton": "ssmorph.kernels.mixing.triton:mixing_triton",
         "reference": "ssmorph.kernels.mixing.plain:reference",
     },
-    refuses={"triton": refuses_triton},
+    refuses={"native": refuses_native, "triton": refuses_triton},
     on_gpu="triton",
 )
 LOSSES = ("cosine", "frobenius")

@@ -8,25 +8,28 @@ from torch import Tensor
 from ...errors import fail
 from ..common.dispatch import Backends
 from ..common.gpu import refuses_triton
+from ..common.native import refuses_native
 
 BACKENDS = Backends(
     "ssd",
     {
+        "native": "ssmorph.kernels.ssd.native:ssd_native",
         "chunked": "ssmorph.kernels.ssd.plain:chunked",
         "reference": "ssmorph.kernels.ssd.plain:reference",
         "triton": "ssmorph.kernels.ssd.triton:ssd_triton",
     },
-    refuses={"triton": refuses_triton},
+    refuses={"native": refuses_native, "triton": refuses_triton},
     on_gpu="triton",
 )
 STEPS = Backends(
     "ssd_step",
     {
+        "native": "ssmorph.kernels.ssd.native:ssd_step_native",
         "chunked": "ssmorph.kernels.ssd.plain:step",
         "reference": "ssmorph.kernels.ssd.plain:step",
         "triton": "ssmorph.kernels.ssd.triton:ssd_step_triton",
     },
-    refuses={"triton": refuses_triton},
+    refuses={"native": refuses_native, "triton": refuses_triton},
     on_gpu="triton",
 )
 

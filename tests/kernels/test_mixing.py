@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmorph.kernels.mixing import LOSSES, mixing_loss
+from ssmorph.kernels.mixing import BACKENDS, LOSSES, mixing_loss
 from ssmorph.kernels.mixing.reference import attention_matrix, student_matrix
 from ssmorph.kernels.mixing.teacher import Teacher
 from tests.kernels.sizes import LargestTensor
 
 HEADS = 4
+CPU_BACKENDS = [name for name in ("native", "chunked") if name not in BACKENDS.refusals(torch.device("cpu"))]
 NAMES = ("C_BLHN", "B_BLHN", "log_a_BLH", "w_BLH", "D_H")
 
 
@@ -45,13 +46,15 @@ def run(made: dict[str, Tensor], backend: str, **options: Any) -> list[Tensor]:
 
 
 def assert_same(made: dict[str, Tensor], **options: Any) -> None:
-    for found, wanted in zip(run(made, "chunked", **options), run(made, "reference", **options), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    wanted = run(made, "reference", **options)
+    for backend in CPU_BACKENDS:
+        for found, expected in zip(run(made, backend, **options), wanted, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=lambda m, b=backend: f"{b}: {m}")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("length", [1, 3, 63, 128, 130, 200, 300])
-def test_chunked_equals_reference(poisoned: None, loss: str, length: int) -> None:
+def test_equals_reference(poisoned: None, loss: str, length: int) -> None:
     assert_same(problem(length), loss=loss)
 
 
@@ -115,7 +118,7 @@ def test_padding(poisoned: None, loss: str, window: int | None) -> None:
     assert_same(problem(290), loss=loss, window=window, valid_BL=nothing_BL)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padded_tokens_have_no_influence(loss: str, backend: str) -> None:
     made, valid_BL = problem(290), padding(290)
@@ -169,10 +172,11 @@ def test_a_student_that_is_the_teacher_costs_nothing() -> None:
         assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_float32_is_near_float64(loss: str) -> None:
-    exact = run(problem(300, decay=2.0), "chunked", loss=loss)
-    single = run(problem(300, decay=2.0, dtype=torch.float32), "chunked", loss=loss)
+def test_float32_is_near_float64(loss: str, backend: str) -> None:
+    exact = run(problem(300, decay=2.0), "reference", loss=loss)
+    single = run(problem(300, decay=2.0, dtype=torch.float32), backend, loss=loss)
     assert single[0].dtype == torch.float32
     for found, wanted in zip(single, exact, strict=True):
         assert (found.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
