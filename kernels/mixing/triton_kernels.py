@@ -217,24 +217,27 @@ def rows_kernel(
     # by element: sums over rows would cost every step an exchange between threads
     squares = tl.zeros((Q, Q // 2), tl.float32)
     between = 0.0
-    for step in range(0, block):
-        start = (block - 1 - step) * Q
-        s = start + place
-        k = _load(k_ptr, start, tokens, stride_k, K, BLOCK_K, Q, True)
-        B = _load(B_ptr, start, tokens, stride_n, N, BLOCK_N, Q, True)
-        x = _scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, CAPPED)
-        valid = (tl.load(valid_ptr + b * blocks * Q + s) != 0)[None, :] if PADDED else True
-        A = _masked(tl.exp2(x - shift[:, None]), t[:, None], s[None, :], window, valid, 0.0, False, WINDOW, PADDED)
-        write = tl.load(write_ptr + line + s) * tl.exp2(between)
-        M = tl.dot(C, tl.trans(B), input_precision=PRECISION) * write[None, :]
-        residual = M * read_M[:, None] - A
-        if not COSINE:
-            even, odd = tl.split(residual.reshape(Q, Q // 2, 2))
-            squares += even * even
-            squares += odd * odd
-        if WANT:
-            dC = tl.dot((residual * write[None, :]).to(B.dtype), B, dC, input_precision=PRECISION)
-        between += tl.load(upto_ptr + line + start + Q - 1)
+    # in a branch, or the tiles that the diagonal tile needs take registers throughout the loop (120 of them on sm_80)
+    if block > 0:
+        for step in range(0, block):
+            start = (block - 1 - step) * Q
+            s = start + place
+            k = _load(k_ptr, start, tokens, stride_k, K, BLOCK_K, Q, True)
+            B = _load(B_ptr, start, tokens, stride_n, N, BLOCK_N, Q, True)
+            x = _scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, CAPPED)
+            valid = (tl.load(valid_ptr + b * blocks * Q + s) != 0)[None, :] if PADDED else True
+            A = _masked(tl.exp2(x - shift[:, None]), t[:, None], s[None, :], window, valid, 0.0, False, WINDOW, PADDED)
+            write = tl.load(write_ptr + line + s) * tl.exp2(between)
+            M = tl.dot(C, tl.trans(B), input_precision=PRECISION) * write[None, :]
+            residual = M * read_M[:, None] - A
+            if not COSINE:
+                even, odd = tl.split(residual.reshape(Q, Q // 2, 2))
+                squares += even * even
+                squares += odd * odd
+            if WANT:
+                dC = tl.dot((residual * write[None, :]).to(B.dtype), B, dC, input_precision=PRECISION)
+            between += tl.load(upto_ptr + line + start + Q - 1)
+        dC *= read[:, None]
     k = _load(k_ptr, first, tokens, stride_k, K, BLOCK_K, Q, False)
     B = _load(B_ptr, first, tokens, stride_n, N, BLOCK_N, Q, False)
     x = _scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, CAPPED)
@@ -250,7 +253,7 @@ def rows_kernel(
     if not COSINE:
         tl.store(loss_ptr + bh * blocks + block, tl.sum(squares) + tl.sum(residual * residual))
     if WANT:
-        dC = tl.dot((residual * decay).to(B.dtype), B, dC * read[:, None], input_precision=PRECISION)
+        dC = tl.dot((residual * decay).to(B.dtype), B, dC, input_precision=PRECISION)
         skip = tl.sum(tl.where(here, residual, 0.0), 1)
         if COSINE:
             beta = tl.load(beta_ptr + line + t)
