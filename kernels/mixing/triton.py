@@ -123,9 +123,12 @@ class _Tiles:
         self.C, self.B, self.teacher, self.D, self.cosine = C, B, teacher, D.float(), cosine
         self.batch, self.length, self.heads = log_a.shape
         self.blocks, self.row = -(-self.length // row.rows), row
-        self.w = _by_head(w)
-        self.upto, self.rest = _decay_in_blocks(_by_head(log_a), row.rows)
-        self.valid = self.upto if valid is None else valid.to(torch.int32).contiguous()
+        # lines of one number per token reach to the end of the last block, so that the kernels load them unmasked
+        spare = (0, -self.length % row.rows)
+        self.w = F.pad(_by_head(w), spare)
+        self.upto, rest = _decay_in_blocks(F.pad(_by_head(log_a), spare), row.rows)
+        self.fade = rest.exp2()
+        self.valid = self.upto if valid is None else F.pad(valid.to(torch.int32), spare).contiguous()
         cap = teacher.softcap
         scale = teacher.scale * LOG2E if cap is None else teacher.scale / cap
         N, K = C.shape[-1], teacher.q_BLHK.shape[-1]
@@ -142,18 +145,16 @@ class _Tiles:
     def run(self, want: bool) -> tuple[Tensor, list[Tensor]]:
         """The loss [B, H], and where wanted its gradients for C, B, log_a, w (of one batch entry each) and D."""
         teacher = self.teacher
-        lines = torch.empty(3, *self.upto.shape, device=self.upto.device)
-        shift, alpha, beta = lines
+        shift, alpha, beta, level, gain, read, dw = self.upto.new_empty(7, *self.upto.shape)
         parts = self.upto.new_empty(self.batch, self.heads, self.blocks)
-        inputs = (self.C, self.B, teacher.q_BLHK, teacher.k_BLHK, self.upto, self.rest, self.w, self.D)
+        inputs = (self.C, self.B, teacher.q_BLHK, teacher.k_BLHK, self.upto, self.w * self.fade, self.w, self.D)
         sinks = None if teacher.sinks_H is None else teacher.sinks_H.float() * LOG2E
         self._launch(
             "statistics", statistics_kernel, *inputs, self.D if sinks is None else sinks, self.valid, shift, alpha,
-            beta, parts, SINK=sinks is not None,
+            beta, level, gain, parts, SINK=sinks is not None,
         )  # fmt: skip
         more = (*inputs, self.valid, shift, alpha, beta)
         dC, dB = (torch.empty_like(t) if want else t for t in (self.C, self.B))
-        read, dw = torch.empty_like(lines[:2]) if want else lines[:2]
         skip = torch.empty_like(parts)
         if want or not self.cosine:
             self._launch("rows", rows_kernel, *more, dC, read, skip, parts, WANT=want)
@@ -162,12 +163,12 @@ class _Tiles:
             total = total.sqrt()
         if not want:
             return total, []
-        self._launch("columns", columns_kernel, *more, dB, dw)
-        change = (read - self.w * dw).double()
+        self._launch("columns", columns_kernel, *more, self.fade, level, gain, dB, dw)
+        change = (read - self.w * dw)[..., : self.length].double()
         dlog_a = change.flip(-1).cumsum(-1).flip(-1)
         dlog_a[..., 0] = 0  # nothing comes before the first token; the sum leaves rounding there
         dD_BH = skip.sum(-1)
-        by_head = [dlog_a.float().transpose(1, 2), dw.transpose(1, 2)]
+        by_head = [dlog_a.float().transpose(1, 2), dw[..., : self.length].transpose(1, 2)]
         if not self.cosine:
             factor = torch.where(total > 0, 1 / total, 0)
             dC, dB = (t.mul_(factor[:, None, :, None]) for t in (dC, dB))
@@ -195,12 +196,10 @@ def _block(width: int) -> int:
 
 def _decay_in_blocks(log_a_BHL: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """log2 of the decay from the start of each token's block to the token, and from the token to the block's end."""
-    length = log_a_BHL.shape[-1]
     # 2^LEAST is 0 in float32, and a cumulative sum of more would blur the decays of the tokens after it
-    blocks = F.pad((log_a_BHL * LOG2E).clamp(min=LEAST), (0, -length % rows)).unflatten(-1, (-1, rows))
+    blocks = (log_a_BHL * LOG2E).clamp(min=LEAST).unflatten(-1, (-1, rows))
     later = F.pad(blocks[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
-    upto, rest = (t.flatten(-2)[..., :length].contiguous() for t in (blocks.cumsum(-1), later))
-    return upto, rest
+    return blocks.cumsum(-1).flatten(-2), later.flatten(-2)
 
 
 def shipped(arch: str, dtype: str) -> list[Shipped]:

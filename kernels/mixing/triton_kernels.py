@@ -10,6 +10,14 @@ over the blocks between, and from the start of t's block to t. All three are at 
 only diagonal tiles exponentiate every element of the decay. `between` is summed while walking away from the diagonal,
 smallest distance first, and stays as precise as a single decay.
 
+What needs one number per token and not per pair comes as a line that the loops only load: write_s = w_s 2^rest_s, and
+for the columns, where with far = 2^between
+
+    beta_t (alpha_t M - A) 2^(between + upto_t) = <B_s,C_t> write_s far^2 gain_t - 2^(x + level_t + between),
+    gain_t = alpha_t beta_t 2^(2 upto_t), level_t = log2 beta_t + upto_t - shift_t
+
+A line has a number for every row of every block, so that none of its loads is masked.
+
 A program owns Q rows t (or columns s) of one head. N state width, K key width.
 """
 
@@ -22,16 +30,23 @@ import triton.language as tl
 # below every score, and finite, so that differences from it are numbers
 LOWEST = tl.constexpr(-3e38)
 INFINITE = tl.constexpr(float("inf"))
+# a row of M whose squares sum to no more counts as zeros, as 1 / <M,M> may overflow
+SMALLEST = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def _load(ptr, first, tokens, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, Q: tl.constexpr):
-    """Rows first.. of a head [Q, BLOCK], with zeros where there are none."""
+def _load(ptr, first, tokens, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, Q: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows first.. of a head [Q, BLOCK], with zeros where there are none; WHOLE where all Q rows are there."""
     row, column = tl.arange(0, Q)[:, None], tl.arange(0, BLOCK)[None, :]
+    at = ptr + first.to(tl.int64) * stride + (row * stride + column)
+    if WHOLE and WIDTH == BLOCK:
+        return tl.load(at)
+    if WHOLE:
+        return tl.load(at, mask=column < WIDTH, other=0.0)
     inside = row < tokens - first
     if WIDTH != BLOCK:
         inside = inside & (column < WIDTH)
-    return tl.load(ptr + first.to(tl.int64) * stride + (row * stride + column), mask=inside, other=0.0)
+    return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -80,8 +95,9 @@ def _head(ptr, b, h, tokens, stride, WIDTH: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    C_ptr, B_ptr, q_ptr, k_ptr, upto_ptr, rest_ptr, w_ptr, D_ptr, sink_ptr, valid_ptr,
-    shift_ptr, alpha_ptr, beta_ptr, loss_ptr, tokens, heads, stride_n, stride_k, scale, softcap, window,
+    C_ptr, B_ptr, q_ptr, k_ptr, upto_ptr, write_ptr, w_ptr, D_ptr, sink_ptr, valid_ptr,
+    shift_ptr, alpha_ptr, beta_ptr, level_ptr, gain_ptr, loss_ptr,
+    tokens, heads, stride_n, stride_k, scale, softcap, window,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, Q: tl.constexpr,
     COSINE: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -94,55 +110,57 @@ def statistics_kernel(
     b, h, first = bh // heads, bh % heads, block * Q
     q_ptr, k_ptr = _head(q_ptr, b, h, tokens, stride_k, K), _head(k_ptr, b, h, tokens, stride_k, K)
     C_ptr, B_ptr = _head(C_ptr, b, h, tokens, stride_n, N), _head(B_ptr, b, h, tokens, stride_n, N)
-    line = bh * tokens
+    line = bh * blocks * Q
     place = tl.arange(0, Q)
     t = first + place
     inside = t < tokens
-    q = _load(q_ptr, first, tokens, stride_k, K, BLOCK_K, Q)
-    upto = tl.load(upto_ptr + line + t, mask=inside, other=0.0)
+    q = _load(q_ptr, first, tokens, stride_k, K, BLOCK_K, Q, False)
+    upto = tl.load(upto_ptr + line + t)
+    read = tl.exp2(upto)
     peak = tl.full((Q,), LOWEST, tl.float32)
     # sums over a row of 2^(x - peak), A^2, M A and M^2
     total = tl.zeros((Q,), tl.float32)
     aa, ma, mm = total, total, total
     between = 0.0
     if COSINE:
-        C = _load(C_ptr, first, tokens, stride_n, N, BLOCK_N, Q)
+        C = _load(C_ptr, first, tokens, stride_n, N, BLOCK_N, Q, False)
     for step in range(0, block):
         start = (block - 1 - step) * Q
         s = start + place
-        k = _load(k_ptr, start, tokens, stride_k, K, BLOCK_K, Q)
+        k = _load(k_ptr, start, tokens, stride_k, K, BLOCK_K, Q, True)
         x = _scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, CAPPED)
-        valid = (tl.load(valid_ptr + b * tokens + s) != 0)[None, :] if PADDED else True
+        valid = (tl.load(valid_ptr + b * blocks * Q + s) != 0)[None, :] if PADDED else True
         peak, keep, a = _online(peak, x, t[:, None], s[None, :], window, valid, False, WINDOW, PADDED)
         total = total * keep + tl.sum(a, 1)
         if COSINE:
-            B = _load(B_ptr, start, tokens, stride_n, N, BLOCK_N, Q)
-            write = tl.load(w_ptr + line + s) * tl.exp2(tl.load(rest_ptr + line + s) + between)
+            B = _load(B_ptr, start, tokens, stride_n, N, BLOCK_N, Q, True)
+            write = tl.load(write_ptr + line + s) * tl.exp2(between)
             M = tl.dot(C, tl.trans(B), input_precision=PRECISION) * write[None, :]
             aa = aa * keep * keep + tl.sum(a * a, 1)
             ma = ma * keep + tl.sum(M * a, 1)
             mm += tl.sum(M * M, 1)
             between += tl.load(upto_ptr + line + start + Q - 1)
-    k = _load(k_ptr, first, tokens, stride_k, K, BLOCK_K, Q)
+    k = _load(k_ptr, first, tokens, stride_k, K, BLOCK_K, Q, False)
     x = _scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, CAPPED)
-    valid_t = tl.load(valid_ptr + b * tokens + t, mask=inside, other=0) != 0 if PADDED else inside
+    valid_t = tl.load(valid_ptr + b * blocks * Q + t) != 0 if PADDED else inside
     peak, keep, a = _online(peak, x, t[:, None], t[None, :], window, valid_t[None, :], True, WINDOW, PADDED)
     total = total * keep + tl.sum(a, 1)
     if COSINE:
-        read = tl.exp2(upto)
-        B = _load(B_ptr, first, tokens, stride_n, N, BLOCK_N, Q)
-        decay = _diagonal_decay(upto, place) * tl.load(w_ptr + line + t, mask=inside, other=0.0)[None, :]
+        B = _load(B_ptr, first, tokens, stride_n, N, BLOCK_N, Q, False)
+        decay = _diagonal_decay(upto, place) * tl.load(w_ptr + line + t)[None, :]
         M = tl.dot(C, tl.trans(B), input_precision=PRECISION) * decay
         M += tl.where((place[:, None] == place[None, :]) & valid_t[None, :], tl.load(D_ptr + h), 0.0)
         aa = aa * keep * keep + tl.sum(a * a, 1)
         ma = ma * keep * read + tl.sum(M * a, 1)
         mm = mm * read * read + tl.sum(M * M, 1)
-        some = (mm > 0) & valid_t
+        some = (mm > SMALLEST) & valid_t
         mm, aa = tl.where(some, mm, 1.0), tl.where(some, aa, 1.0)
         alpha = tl.where(some, ma / mm, 0.0)
         beta = tl.where(some, tl.rsqrt(mm) * tl.rsqrt(aa), 0.0)
-        tl.store(alpha_ptr + line + t, alpha, mask=inside)
-        tl.store(beta_ptr + line + t, beta, mask=inside)
+        gain = alpha * beta * read * read
+        level = tl.where(some, upto - peak - 0.5 * (tl.log2(mm) + tl.log2(aa)), -INFINITE)
+        tl.store(alpha_ptr + line + t, alpha)
+        tl.store(beta_ptr + line + t, beta)
         loss = tl.where(valid_t, 1.0 - tl.where(some, ma * beta, 0.0), 0.0)
         tl.store(loss_ptr + bh * blocks + block, tl.sum(loss, 0))
         shift = peak
@@ -152,8 +170,12 @@ def statistics_kernel(
             higher = tl.maximum(peak, sink)
             total, peak = total * tl.exp2(peak - higher) + tl.exp2(sink - higher), higher
         shift = peak + tl.log2(tl.where(total > 0, total, 1.0))
+        gain = read * read
+        level = tl.where(valid_t, upto - shift, -INFINITE)
     # rows that are not there attend to nothing
-    tl.store(shift_ptr + line + t, tl.where(valid_t, shift, INFINITE), mask=inside)
+    tl.store(shift_ptr + line + t, tl.where(valid_t, shift, INFINITE))
+    tl.store(level_ptr + line + t, level)
+    tl.store(gain_ptr + line + t, gain)
 
 
 @triton.jit
@@ -165,7 +187,7 @@ def _diagonal_decay(upto, place):
 
 @triton.jit
 def rows_kernel(
-    C_ptr, B_ptr, q_ptr, k_ptr, upto_ptr, rest_ptr, w_ptr, D_ptr, valid_ptr, shift_ptr, alpha_ptr, beta_ptr,
+    C_ptr, B_ptr, q_ptr, k_ptr, upto_ptr, write_ptr, w_ptr, D_ptr, valid_ptr, shift_ptr, alpha_ptr, beta_ptr,
     dC_ptr, read_ptr, skip_ptr, loss_ptr, tokens, heads, stride_n, stride_k, scale, softcap, window,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, Q: tl.constexpr,
     COSINE: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, WANT: tl.constexpr,
@@ -178,123 +200,123 @@ def rows_kernel(
     b, h, first = bh // heads, bh % heads, block * Q
     q_ptr, k_ptr = _head(q_ptr, b, h, tokens, stride_k, K), _head(k_ptr, b, h, tokens, stride_k, K)
     C_ptr, B_ptr = _head(C_ptr, b, h, tokens, stride_n, N), _head(B_ptr, b, h, tokens, stride_n, N)
-    line = bh * tokens
+    line = bh * blocks * Q
     place = tl.arange(0, Q)
     t = first + place
     inside = t < tokens
-    q = _load(q_ptr, first, tokens, stride_k, K, BLOCK_K, Q)
-    C = _load(C_ptr, first, tokens, stride_n, N, BLOCK_N, Q)
-    upto = tl.load(upto_ptr + line + t, mask=inside, other=0.0)
-    shift = tl.load(shift_ptr + line + t, mask=inside, other=INFINITE)
+    q = _load(q_ptr, first, tokens, stride_k, K, BLOCK_K, Q, False)
+    C = _load(C_ptr, first, tokens, stride_n, N, BLOCK_N, Q, False)
+    upto = tl.load(upto_ptr + line + t)
+    shift = tl.load(shift_ptr + line + t)
     read = tl.exp2(upto)
     read_M = read
     if COSINE:
-        alpha = tl.load(alpha_ptr + line + t, mask=inside, other=0.0)
+        alpha = tl.load(alpha_ptr + line + t)
         read_M = read * alpha
     dC = tl.zeros((Q, BLOCK_N), tl.float32)
-    squares = tl.zeros((Q,), tl.float32)
+    # by element: sums over rows would cost every step an exchange between threads
+    squares = tl.zeros((Q, Q // 2), tl.float32)
     between = 0.0
-    for step in range(0, block):
-        start = (block - 1 - step) * Q
-        s = start + place
-        k = _load(k_ptr, start, tokens, stride_k, K, BLOCK_K, Q)
-        B = _load(B_ptr, start, tokens, stride_n, N, BLOCK_N, Q)
-        x = _scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, CAPPED)
-        valid = (tl.load(valid_ptr + b * tokens + s) != 0)[None, :] if PADDED else True
-        A = _masked(tl.exp2(x - shift[:, None]), t[:, None], s[None, :], window, valid, 0.0, False, WINDOW, PADDED)
-        write = tl.load(w_ptr + line + s) * tl.exp2(tl.load(rest_ptr + line + s) + between)
-        M = tl.dot(C, tl.trans(B), input_precision=PRECISION) * write[None, :]
-        residual = M * read_M[:, None] - A
-        if not COSINE:
-            squares += tl.sum(residual * residual, 1)
-        if WANT:
-            dC = tl.dot((residual * write[None, :]).to(B.dtype), B, dC, input_precision=PRECISION)
-        between += tl.load(upto_ptr + line + start + Q - 1)
-    k = _load(k_ptr, first, tokens, stride_k, K, BLOCK_K, Q)
-    B = _load(B_ptr, first, tokens, stride_n, N, BLOCK_N, Q)
+    # in a branch, or the tiles that the diagonal tile needs take registers throughout the loop (120 of them on sm_80)
+    if block > 0:
+        for step in range(0, block):
+            start = (block - 1 - step) * Q
+            s = start + place
+            k = _load(k_ptr, start, tokens, stride_k, K, BLOCK_K, Q, True)
+            B = _load(B_ptr, start, tokens, stride_n, N, BLOCK_N, Q, True)
+            x = _scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, CAPPED)
+            valid = (tl.load(valid_ptr + b * blocks * Q + s) != 0)[None, :] if PADDED else True
+            A = _masked(tl.exp2(x - shift[:, None]), t[:, None], s[None, :], window, valid, 0.0, False, WINDOW, PADDED)
+            write = tl.load(write_ptr + line + s) * tl.exp2(between)
+            M = tl.dot(C, tl.trans(B), input_precision=PRECISION) * write[None, :]
+            residual = M * read_M[:, None] - A
+            if not COSINE:
+                even, odd = tl.split(residual.reshape(Q, Q // 2, 2))
+                squares += even * even
+                squares += odd * odd
+            if WANT:
+                dC = tl.dot((residual * write[None, :]).to(B.dtype), B, dC, input_precision=PRECISION)
+            between += tl.load(upto_ptr + line + start + Q - 1)
+        dC *= read[:, None]
+    k = _load(k_ptr, first, tokens, stride_k, K, BLOCK_K, Q, False)
+    B = _load(B_ptr, first, tokens, stride_n, N, BLOCK_N, Q, False)
     x = _scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, CAPPED)
-    valid = tl.load(valid_ptr + b * tokens + t, mask=inside, other=0) != 0 if PADDED else inside
+    valid = tl.load(valid_ptr + b * blocks * Q + t) != 0 if PADDED else inside
     A = tl.exp2(x - shift[:, None])
     A = _masked(A, t[:, None], t[None, :], window, valid[None, :], 0.0, True, WINDOW, PADDED)
-    decay = _diagonal_decay(upto, place) * tl.load(w_ptr + line + t, mask=inside, other=0.0)[None, :]
+    decay = _diagonal_decay(upto, place) * tl.load(w_ptr + line + t)[None, :]
     here = (place[:, None] == place[None, :]) & valid[None, :]
     M = tl.dot(C, tl.trans(B), input_precision=PRECISION) * decay + tl.where(here, tl.load(D_ptr + h), 0.0)
     if COSINE:
         M *= alpha[:, None]
     residual = M - A
     if not COSINE:
-        squares += tl.sum(residual * residual, 1)
-        tl.store(loss_ptr + bh * blocks + block, tl.sum(squares, 0))
+        tl.store(loss_ptr + bh * blocks + block, tl.sum(squares) + tl.sum(residual * residual))
     if WANT:
-        dC = tl.dot((residual * decay).to(B.dtype), B, dC * read[:, None], input_precision=PRECISION)
+        dC = tl.dot((residual * decay).to(B.dtype), B, dC, input_precision=PRECISION)
         skip = tl.sum(tl.where(here, residual, 0.0), 1)
         if COSINE:
-            beta = tl.load(beta_ptr + line + t, mask=inside, other=0.0)
+            beta = tl.load(beta_ptr + line + t)
             dC *= beta[:, None]
             skip *= beta
         _store(_head(dC_ptr, b, h, tokens, stride_n, N), dC, first, tokens, stride_n, N, BLOCK_N, Q)
-        tl.store(read_ptr + line + t, tl.sum(dC * C.to(tl.float32), 1), mask=inside)
+        tl.store(read_ptr + line + t, tl.sum(dC * C.to(tl.float32), 1))
         tl.store(skip_ptr + bh * blocks + block, tl.sum(skip, 0))
 
 
 @triton.jit
 def columns_kernel(
-    C_ptr, B_ptr, q_ptr, k_ptr, upto_ptr, rest_ptr, w_ptr, D_ptr, valid_ptr, shift_ptr, alpha_ptr, beta_ptr,
-    dB_ptr, dw_ptr, tokens, heads, stride_n, stride_k, scale, softcap, window,
+    C_ptr, B_ptr, q_ptr, k_ptr, upto_ptr, write_ptr, w_ptr, D_ptr, valid_ptr, shift_ptr, alpha_ptr, beta_ptr,
+    fade_ptr, level_ptr, gain_ptr, dB_ptr, dw_ptr, tokens, heads, stride_n, stride_k, scale, softcap, window,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, Q: tl.constexpr,
     COSINE: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dB and dw of a block of columns; tiles are [s, t], so that their product with C needs no transposition."""
+    blocks = tl.num_programs(0)
     block = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h, first = bh // heads, bh % heads, block * Q
     q_ptr, k_ptr = _head(q_ptr, b, h, tokens, stride_k, K), _head(k_ptr, b, h, tokens, stride_k, K)
     C_ptr, B_ptr = _head(C_ptr, b, h, tokens, stride_n, N), _head(B_ptr, b, h, tokens, stride_n, N)
-    line = bh * tokens
+    line = bh * blocks * Q
     place = tl.arange(0, Q)
     s = first + place
     inside = s < tokens
-    k = _load(k_ptr, first, tokens, stride_k, K, BLOCK_K, Q)
-    B = _load(B_ptr, first, tokens, stride_n, N, BLOCK_N, Q)
-    w = tl.load(w_ptr + line + s, mask=inside, other=0.0)
-    valid = tl.load(valid_ptr + b * tokens + s, mask=inside, other=0) != 0 if PADDED else inside
-    rest = tl.exp2(tl.load(rest_ptr + line + s, mask=inside, other=0.0))
-    write = w * rest
+    k = _load(k_ptr, first, tokens, stride_k, K, BLOCK_K, Q, False)
+    B = _load(B_ptr, first, tokens, stride_n, N, BLOCK_N, Q, False)
+    write = tl.load(write_ptr + line + s)
+    valid = tl.load(valid_ptr + b * blocks * Q + s) != 0 if PADDED else inside
     dB = tl.zeros((Q, BLOCK_N), tl.float32)
     between = 0.0
-    for other in range(block + 1, tl.num_programs(0)):
-        start = other * Q
-        t = start + place
-        there = t < tokens
-        q = _load(q_ptr, start, tokens, stride_k, K, BLOCK_K, Q)
-        C = _load(C_ptr, start, tokens, stride_n, N, BLOCK_N, Q)
-        x = _scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, CAPPED)
-        shift = tl.load(shift_ptr + line + t, mask=there, other=INFINITE)
-        A = tl.exp2(x - shift[None, :])
-        A = _masked(A, t[None, :], s[:, None], window, valid[:, None], 0.0, False, WINDOW, PADDED)
-        upto = tl.load(upto_ptr + line + t, mask=there, other=0.0)
-        read = tl.exp2(upto + between)
-        read_M = read
-        if COSINE:
-            read_M = read * tl.load(alpha_ptr + line + t, mask=there, other=0.0)
-            read *= tl.load(beta_ptr + line + t, mask=there, other=0.0)
-        M = tl.dot(B, tl.trans(C), input_precision=PRECISION) * write[:, None]
-        residual = M * read_M[None, :] - A
-        dB = tl.dot((residual * read[None, :]).to(C.dtype), C, dB, input_precision=PRECISION)
-        between += tl.load(upto_ptr + line + tl.minimum(start + Q, tokens) - 1)
-    q = _load(q_ptr, first, tokens, stride_k, K, BLOCK_K, Q)
-    C = _load(C_ptr, first, tokens, stride_n, N, BLOCK_N, Q)
+    # sums that skip the loop must not enter the wait at its end as zeros: ptxas would serialise all of its products
+    if block + 1 < blocks:
+        for other in range(block + 1, blocks):
+            start = other * Q
+            t = start + place
+            q = _load(q_ptr, start, tokens, stride_k, K, BLOCK_K, Q, False)
+            C = _load(C_ptr, start, tokens, stride_n, N, BLOCK_N, Q, False)
+            x = _scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, CAPPED)
+            A = tl.exp2(x + (tl.load(level_ptr + line + t) + between)[None, :])
+            A = _masked(A, t[None, :], s[:, None], window, valid[:, None], 0.0, False, WINDOW, PADDED)
+            far = tl.exp2(between)
+            M = tl.dot(B, tl.trans(C), input_precision=PRECISION) * (write * far * far)[:, None]
+            residual = M * tl.load(gain_ptr + line + t)[None, :] - A
+            dB = tl.dot(residual.to(C.dtype), C, dB, input_precision=PRECISION)
+            between += tl.load(upto_ptr + line + start + Q - 1)
+        dB *= tl.load(fade_ptr + line + s)[:, None]
+    q = _load(q_ptr, first, tokens, stride_k, K, BLOCK_K, Q, False)
+    C = _load(C_ptr, first, tokens, stride_n, N, BLOCK_N, Q, False)
     x = _scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, CAPPED)
-    shift = tl.load(shift_ptr + line + s, mask=inside, other=INFINITE)
+    shift = tl.load(shift_ptr + line + s)
     A = tl.exp2(x - shift[None, :])
     A = _masked(A, s[None, :], s[:, None], window, valid[:, None], 0.0, True, WINDOW, PADDED)
-    upto = tl.load(upto_ptr + line + s, mask=inside, other=0.0)
+    upto, w = tl.load(upto_ptr + line + s), tl.load(w_ptr + line + s)
     decay = tl.trans(_diagonal_decay(upto, place))
     M = tl.dot(B, tl.trans(C), input_precision=PRECISION) * decay * w[:, None]
     M += tl.where((place[:, None] == place[None, :]) & valid[:, None], tl.load(D_ptr + h), 0.0)
     if COSINE:
-        M *= tl.load(alpha_ptr + line + s, mask=inside, other=0.0)[None, :]
-        decay *= tl.load(beta_ptr + line + s, mask=inside, other=0.0)[None, :]
-    dB = tl.dot(((M - A) * decay).to(C.dtype), C, dB * rest[:, None], input_precision=PRECISION)
-    tl.store(dw_ptr + line + s, tl.sum(dB * B.to(tl.float32), 1), mask=inside)
+        M *= tl.load(alpha_ptr + line + s)[None, :]
+        decay *= tl.load(beta_ptr + line + s)[None, :]
+    dB = tl.dot(((M - A) * decay).to(C.dtype), C, dB, input_precision=PRECISION)
+    tl.store(dw_ptr + line + s, tl.sum(dB * B.to(tl.float32), 1))
     _store(_head(dB_ptr, b, h, tokens, stride_n, N), dB * w[:, None], first, tokens, stride_n, N, BLOCK_N, Q)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.compile import CARDS, Report, blocks_that_fit, longest_loop, main, table
+from benchmarks.compile import CARDS, SLOTS, Report, blocks_that_fit, longest_loop, main, table
 
 ROOT = Path(__file__).parents[2]
 BAD_KERNELS = """
@@ -71,6 +71,11 @@ def test_shipped_kernels_fit(tmp_path: Path, needs_triton: None) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     for kernel in ("ssd.walk y", "ssd.step", "conv.backward", "norm.backward", "mixing.", "distill."):
         assert done.stdout.count(kernel) >= 2, kernel
+    *_, rows = done.stdout.partition("sm_90 bf16")
+    for kernel in SLOTS:
+        # counted, and so held to its limit: the last number but for 'yes' or 'no'
+        (row,) = (line.removeprefix(kernel).split() for line in rows.splitlines() if line.startswith(kernel))
+        assert len(row) == 7, row
 
 
 @pytest.mark.slow
@@ -107,6 +112,13 @@ def test_problems(change: dict[str, object], problem: str | None) -> None:
     found = report(**change).problems(CARDS["sm_90"])
     assert len(found) == (problem is not None)
     assert all(problem in line for line in found if problem)
+
+
+@pytest.mark.parametrize(("slots", "right"), [(400, True), (401, False), (None, False)])
+def test_issue_slots_have_a_limit_where_one_is_given(slots: int | None, right: bool) -> None:
+    assert report(slots=slots).problems(CARDS["sm_90"]) == []
+    wanted = [] if right else [f"{slots} issue slots, 400 at most"]
+    assert report(slots=slots).problems(CARDS["sm_90"], 400) == wanted
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,15 @@ def test_a_student_without_weight_or_direction_has_finite_gradients(loss: str) -
     assert_near(made, 2e-6, loss=loss)
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-24])
+def test_a_student_too_small_to_square_has_finite_gradients(size: float) -> None:
+    """1 / <M,M> overflows in float32, or <M,M> is 0."""
+    made = {name: t.float() for name, t in problem(70, batch=1).items()}
+    made["C_BLHN"] *= size
+    made["D_H"].zero_()
+    assert all(t.isfinite().all() for t in run(made, "triton", loss="cosine"))
+
+
 def test_refusals_name_the_rule() -> None:
     with pytest.raises(ValueError, match="computes in float32"):
         run(problem(4), "triton")
