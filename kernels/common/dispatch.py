@@ -109,4 +109,3 @@ class Backends:
             if reasons[name] is None:
                 return name
         raise fail(self.op_name, f"needs a backend for {device.type}", reasons, "Use another device.")
-

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ssmorph.kernels.common.dispatch import Backends
+
 # where the tests' tensors live
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -16,6 +18,22 @@ if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == 
     from .interpreter import mend
 
     mend()
+
+# what is compared against, what an interpreter runs, and packages that need a GPU
+ELSEWHERE = ("reference", "triton", "causal_conv1d", "mamba_ssm", "liger")
+
+
+def on_cpu(backends: Backends) -> list[str]:
+    """The names of an operation's backends that are made for a CPU."""
+    return [name for name in backends.names if name not in ELSEWHERE]
+
+
+def runnable(backends: Backends, name: str) -> str:
+    """The name, or skips with the reason why that backend does not run here."""
+    reason = backends.refusal(name, torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    return name
 
 
 @pytest.fixture
