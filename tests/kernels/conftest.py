@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ssmorph.kernels.common.dispatch import Backends
+from ssmorph.kernels.ssd import BACKENDS, STEPS
 
 # where the tests' tensors live
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,6 +35,18 @@ def runnable(backends: Backends, name: str) -> str:
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
     return name
+
+
+@pytest.fixture(params=on_cpu(BACKENDS))
+def scan_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the scan that is made for a CPU."""
+    return runnable(BACKENDS, request.param)
+
+
+@pytest.fixture(params=on_cpu(STEPS))
+def step_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the scan's step that is made for a CPU."""
+    return runnable(STEPS, request.param)
 
 
 @pytest.fixture

@@ -236,6 +236,28 @@ def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
         mixing_loss(**{**problem(8), "scale": 1.0, **change})
 
 
+def test_random_shapes() -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    options = st.fixed_dictionaries(
+        {
+            "loss": st.sampled_from(LOSSES),
+            "window": st.none() | st.integers(1, 150),
+            "softcap": st.none() | st.floats(0.5, 4.0),
+            "sinks_H": st.none() | st.just(torch.linspace(-1.0, 3.0, HEADS, dtype=torch.float64)),
+        }
+    )
+
+    @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+    @hypothesis.given(
+        st.integers(1, 150), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([0.0, 0.1, 5.0]), options
+    )
+    def agree(length: int, batch: int, groups: int, decay: float, options: dict[str, Any]) -> None:
+        assert_same(problem(length, batch=batch, groups=groups, decay=decay), **options)
+
+    agree()
+
+
 def test_groups_repeat_as_whole_blocks_of_heads() -> None:
     made = problem(40)
     head_of = {name: torch.tensor([0, 0, 1, 1]) for name in ("C_BLHN", "B_BLHN", "k_BLGK")}
