@@ -9,6 +9,7 @@ from ...errors import fail
 from ..common.dispatch import Backends
 from ..common.gpu import refuses_triton
 from .checks import INTEGERS, check_inputs, check_optional, check_segment, check_state
+from .package import refuses_scan, refuses_step
 
 BACKENDS = Backends(
     "ssd",
@@ -16,8 +17,9 @@ BACKENDS = Backends(
         "chunked": "ssmorph.kernels.ssd.plain:chunked",
         "reference": "ssmorph.kernels.ssd.plain:reference",
         "triton": "ssmorph.kernels.ssd.triton:ssd_triton",
+        "mamba_ssm": "ssmorph.kernels.ssd.package:scan_package",
     },
-    refuses={"triton": refuses_triton},
+    refuses={"triton": refuses_triton, "mamba_ssm": refuses_scan},
     on_gpu="triton",
 )
 STEPS = Backends(
@@ -26,8 +28,9 @@ STEPS = Backends(
         "chunked": "ssmorph.kernels.ssd.plain:step",
         "reference": "ssmorph.kernels.ssd.plain:step",
         "triton": "ssmorph.kernels.ssd.triton:ssd_step_triton",
+        "mamba_ssm": "ssmorph.kernels.ssd.package:step_package",
     },
-    refuses={"triton": refuses_triton},
+    refuses={"triton": refuses_triton, "mamba_ssm": refuses_step},
     on_gpu="triton",
 )
 
@@ -56,7 +59,8 @@ def ssd(
         initial_state_BHPN: state before the first token; zero where left out.
         segment_BL: document of each token, ascending; the state is emptied at each border.
         cu_seqlens: instead of `segment_BL`, for a batch of 1: where documents begin, and the length [documents + 1].
-        backend: a name of `BACKENDS`; left out, the best for the device.
+        backend: a name of `BACKENDS`; left out, the best for the device. 'mamba_ssm' (the package mamba-ssm, on a GPU)
+            runs when asked for alone.
 
     Returns:
         y [B, L, H, P] in the dtype of x, and the last token's state [B, H, P, N] in float32 (float64 for float64).
