@@ -50,6 +50,10 @@ class Backends:
         """The known names, the preferred one on a CPU first."""
         return tuple(self._targets)
 
+    def refusal(self, name: str, device: torch.device) -> str | None:
+        """Why a known backend cannot run on the device, or None where it can."""
+        return self._refuses[name](device) if name in self._refuses else None
+
     def choose(self, requested: str | None, device: torch.device) -> str:
         """The name of the backend to run on the device; logs each new choice once.
 
@@ -67,14 +71,14 @@ class Backends:
     def _log(self, name: str, device: torch.device, where: str | None) -> None:
         best = self._order(device)[0]
         if where is None and best != name:
-            log.warning("%s: backend %s on %s, since %s", self.op_name, name, device.type, self._reason(best, device))
+            log.warning("%s: backend %s on %s, since %s", self.op_name, name, device.type, self.refusal(best, device))
         else:
             why = f"as {where} asks" if where else "the best one here"
             log.info("%s: backend %s on %s, %s", self.op_name, name, device.type, why)
 
     def refusals(self, device: torch.device) -> dict[str, str]:
         """The backends that cannot run on the device, with the reason."""
-        reasons = {name: self._reason(name, device) for name in self._targets}
+        reasons = {name: self.refusal(name, device) for name in self._targets}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def load(self, requested: str | None, device: torch.device) -> Callable[..., Any]:
@@ -95,7 +99,7 @@ class Backends:
     def _requested(self, where: str, name: str, device: torch.device) -> str:
         if name not in self._targets:
             raise fail(where, f"must name a backend of {self.op_name}", repr(name), nearest(name, self._targets))
-        reason = self._reason(name, device)
+        reason = self.refusal(name, device)
         if reason is not None:
             raise fail(
                 where, f"backend {name!r} must run on {device.type}", reason, "Leave it out to use the best one."
@@ -105,7 +109,7 @@ class Backends:
     def _first(self, device: torch.device) -> str:
         reasons: dict[str, str | None] = {}
         for name in self._order(device):
-            reasons[name] = self._reason(name, device)
+            reasons[name] = self.refusal(name, device)
             if reasons[name] is None:
                 return name
         raise fail(self.op_name, f"needs a backend for {device.type}", reasons, "Use another device.")
@@ -113,6 +117,3 @@ class Backends:
     def _order(self, device: torch.device) -> tuple[str, ...]:
         first = (self._on_gpu,) if device.type == "cuda" and self._on_gpu else ()
         return (*first, *(name for name in self._targets if name not in first))
-
-    def _reason(self, name: str, device: torch.device) -> str | None:
-        return self._refuses[name](device) if name in self._refuses else None

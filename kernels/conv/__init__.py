@@ -58,9 +58,9 @@ def causal_conv(
     Raises:
         ValueError: shapes that disagree, an unknown backend or one that cannot run here or cannot do what is asked.
     """
-    _check("causal_conv", x_BLC.shape[0], x_BLC.shape[2], weight_CK, bias_C, past_BKC)
-    if segment_BL is not None and segment_BL.shape != x_BLC.shape[:2]:
-        rule, got = f"needs shape {tuple(x_BLC.shape[:2])}", tuple(segment_BL.shape)
+    _check("causal_conv", "x_BLC", x_BLC, weight_CK, bias_C, past_BKC)
+    if segment_BL is not None and (segment_BL.shape != x_BLC.shape[:2] or segment_BL.is_floating_point()):
+        rule, got = f"must be integers of shape {tuple(x_BLC.shape[:2])}", (tuple(segment_BL.shape), segment_BL.dtype)
         raise fail("causal_conv.segment_BL", rule, got, "Give the document of each token.")
     conv = BACKENDS.load(backend, x_BLC.device)
     y_BLC: Tensor = conv(x_BLC, weight_CK, bias_C, silu, past_BKC, segment_BL)
@@ -94,12 +94,17 @@ def causal_conv_step(
     Raises:
         ValueError: as `causal_conv`.
     """
-    _check("causal_conv_step", x_BC.shape[0], x_BC.shape[1], weight_CK, bias_C, past_BKC)
+    _check("causal_conv_step", "x_BC", x_BC, weight_CK, bias_C, past_BKC)
     y_BC: Tensor = STEPS.load(backend, x_BC.device)(past_BKC, x_BC, weight_CK, bias_C, silu)
     return y_BC
 
 
-def _check(op: str, batch: int, channels: int, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> None:
+def _check(op: str, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> None:
+    dims = name.rsplit("_", 1)[1]
+    if x.ndim != len(dims) or not x.is_floating_point():
+        rule, got = f"must be floating point [{', '.join(dims)}]", (tuple(x.shape), x.dtype)
+        raise fail(f"{op}.{name}", rule, got, "Put the channels last.")
+    batch, channels = x.shape[0], x.shape[-1]
     if weight.ndim != 2 or weight.shape[0] != channels:
         raise fail(f"{op}.weight_CK", f"needs {channels} channels", tuple(weight.shape), "Give one row per channel.")
     width = weight.shape[1]
@@ -110,3 +115,6 @@ def _check(op: str, batch: int, channels: int, weight: Tensor, bias: Tensor | No
     if past is not None and tuple(past.shape) != (batch, width - 1, channels):
         rule = f"holds the {width - 1} inputs before, shape {(batch, width - 1, channels)}"
         raise fail(f"{op}.past_BKC", rule, tuple(past.shape), "Keep K-1 inputs.")
+    for other, t in (("weight_CK", weight), ("bias_C", bias), ("past_BKC", past)):
+        if t is not None and not t.is_floating_point():
+            raise fail(f"{op}.{other}", "must be floating point", t.dtype, "Convert it.")

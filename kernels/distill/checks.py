@@ -37,6 +37,8 @@ def check_side(op: str, name: str, hidden: Tensor, head: Tensor) -> None:
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         got = (tuple(hidden.shape), tuple(head.shape))
         raise fail(f"{op}.{name}", "needs hidden [T, D] and head [V, D]", got, "Flatten batch and length.")
+    if not hidden.is_floating_point() or not head.is_floating_point():
+        raise fail(f"{op}.{name}", "must be floating point", (hidden.dtype, head.dtype), "Give hidden states.")
 
 
 def check_biases(op: str, vocabulary: int, **biases: Tensor | None) -> None:
@@ -72,6 +74,8 @@ def check_labels(op: str, tokens: int, vocabulary: int, labels: Tensor | None, c
         return
     if tuple(labels.shape) != (tokens,):
         raise fail(f"{op}.labels_T", f"must have shape ({tokens},)", tuple(labels.shape), "One value per token.")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise fail(f"{op}.labels_T", "must be integers", labels.dtype, "Give the next tokens.")
     if ce_weight and tokens and ((labels >= vocabulary) | ((labels < 0) & (labels != IGNORED))).any():
         rule, reach = f"must lie in 0..{vocabulary - 1} or be {IGNORED}", (int(labels.min()), int(labels.max()))
         raise fail(f"{op}.labels_T", rule, reach, "Use the student's vocabulary.")

@@ -115,10 +115,10 @@ def _check_shapes(C: Tensor, B: Tensor, log_a: Tensor, q: Tensor, k: Tensor) -> 
     if len(shape) != 3:
         raise fail("mixing_loss.log_a_BLH", "has batch, length and heads", shape, "Give one value per token and head.")
     for name, t in (("C_BLHN", C), ("B_BLHN", B), ("q_BLHK", q), ("k_BLGK", k)):
-        if t.ndim != 4 or tuple(t.shape[:2]) != shape[:2]:
-            rule = f"must be [{shape[0]}, {shape[1]}, heads, width] as log_a_BLH is"
-            raise fail(f"mixing_loss.{name}", rule, tuple(t.shape), "Check batch and length.")
-        if shape[2] % t.shape[2]:
+        if t.ndim != 4 or tuple(t.shape[:2]) != shape[:2] or not t.is_floating_point():
+            rule = f"must be floating point [{shape[0]}, {shape[1]}, heads, width] as log_a_BLH is"
+            raise fail(f"mixing_loss.{name}", rule, (tuple(t.shape), t.dtype), "Check batch and length.")
+        if t.shape[2] == 0 or shape[2] % t.shape[2]:
             rule = f"heads must divide the {shape[2]} heads of log_a_BLH"
             raise fail(f"mixing_loss.{name}", rule, t.shape[2], "Repeat the groups to fit.")
     if C.shape[3] != B.shape[3] or q.shape[3] != k.shape[3]:

@@ -120,7 +120,7 @@ class _Tiles:
         self, C: Tensor, B: Tensor, log_a: Tensor, w: Tensor, D: Tensor, teacher: Teacher, valid: Tensor | None,
         cosine: bool, row: Launch,
     ) -> None:  # fmt: skip
-        self.C, self.B, self.teacher, self.D, self.cosine = C, B, teacher, D.float(), cosine
+        self.C, self.B, self.teacher, self.D, self.cosine = C, B, teacher, D.float().contiguous(), cosine
         self.batch, self.length, self.heads = log_a.shape
         self.blocks, self.row = -(-self.length // row.rows), row
         # lines of one number per token reach to the end of the last block, so that the kernels load them unmasked

@@ -35,6 +35,9 @@ def gated_group_norm(
         ValueError: groups that do not divide the channels, a gate or a weight of another shape, an unknown backend or
             one that cannot run here.
     """
+    if y_BLE.ndim != 3 or not y_BLE.is_floating_point():
+        rule, came = "must be floating point [B, L, E]", (tuple(y_BLE.shape), y_BLE.dtype)
+        raise fail("gated_group_norm.y_BLE", rule, came, "Put the channels last.")
     channels = y_BLE.shape[-1]
     if groups < 1 or channels % groups:
         raise fail("gated_group_norm.groups", f"must divide the {channels} channels", groups, "Use the SSM's groups.")

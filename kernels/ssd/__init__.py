@@ -9,6 +9,8 @@ from ...errors import fail
 from ..common.dispatch import Backends
 from ..common.gpu import refuses_triton
 from ..common.native import refuses_native
+from .checks import INTEGERS, check_inputs, check_optional, check_segment, check_state
+from .package import refuses_scan, refuses_step
 
 BACKENDS = Backends(
     "ssd",
@@ -17,8 +19,9 @@ BACKENDS = Backends(
         "chunked": "ssmorph.kernels.ssd.plain:chunked",
         "reference": "ssmorph.kernels.ssd.plain:reference",
         "triton": "ssmorph.kernels.ssd.triton:ssd_triton",
+        "mamba_ssm": "ssmorph.kernels.ssd.package:scan_package",
     },
-    refuses={"native": refuses_native, "triton": refuses_triton},
+    refuses={"native": refuses_native, "triton": refuses_triton, "mamba_ssm": refuses_scan},
     on_gpu="triton",
 )
 STEPS = Backends(
@@ -28,8 +31,9 @@ STEPS = Backends(
         "chunked": "ssmorph.kernels.ssd.plain:step",
         "reference": "ssmorph.kernels.ssd.plain:step",
         "triton": "ssmorph.kernels.ssd.triton:ssd_step_triton",
+        "mamba_ssm": "ssmorph.kernels.ssd.package:step_package",
     },
-    refuses={"native": refuses_native, "triton": refuses_triton},
+    refuses={"native": refuses_native, "triton": refuses_triton, "mamba_ssm": refuses_step},
     on_gpu="triton",
 )
 
@@ -58,17 +62,22 @@ def ssd(
         initial_state_BHPN: state before the first token; zero where left out.
         segment_BL: document of each token, ascending; the state is emptied at each border.
         cu_seqlens: instead of `segment_BL`, for a batch of 1: where documents begin, and the length [documents + 1].
-        backend: a name of `BACKENDS`; left out, the best for the device.
+        backend: a name of `BACKENDS`; left out, the best for the device. 'mamba_ssm' (the package mamba-ssm, on a GPU)
+            runs when asked for alone.
 
     Returns:
         y [B, L, H, P] in the dtype of x, and the last token's state [B, H, P, N] in float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes that disagree, groups that do not divide the heads, an initial state that is not floating
-            point, cu_seqlens that do not ascend from 0 to L, an unknown backend or one that cannot run here.
+        ValueError: shapes that disagree, tensors that are not floating point, no token at all, groups that do not
+            divide the heads, cu_seqlens that do not ascend from 0 to L, an unknown backend or one that cannot run here.
     """
-    _check_shapes(x_BLHP, log_a_BLH, B_BLGN, C_BLGN)
-    _check_rest(x_BLHP, B_BLGN, w_BLH, D_H, initial_state_BHPN)
+    check_inputs("ssd", ("x_BLHP", "log_a_BLH", "B_BLGN", "C_BLGN"), x_BLHP, log_a_BLH, B_BLGN, C_BLGN)
+    batch, length, heads, width = x_BLHP.shape
+    check_optional("ssd", "w_BLH", w_BLH, (batch, length, heads))
+    check_optional("ssd", "D_H", D_H, (heads,))
+    check_optional("ssd", "initial_state_BHPN", initial_state_BHPN, (batch, heads, width, B_BLGN.shape[-1]))
+    check_segment("ssd", segment_BL, (batch, length))
     if cu_seqlens is not None:
         segment_BL = documents(cu_seqlens, segment_BL, x_BLHP)
     scan = BACKENDS.load(backend, x_BLHP.device)
@@ -90,11 +99,12 @@ def ssd_step(
     """One token of `ssd`, without gradients: updates the state in place and returns y [B, H, P].
 
     Raises:
-        ValueError: a state that is not float32 (float64 for float64 inputs), or an unknown backend.
+        ValueError: as `ssd`, and a state that is not float32 (float64 for float64 inputs).
     """
-    work = torch.promote_types(x_BHP.dtype, torch.float32)
-    if state_BHPN.dtype != work:
-        raise fail("ssd_step.state_BHPN", f"must be {work}", state_BHPN.dtype, "Use the state that ssd returned.")
+    check_inputs("ssd_step", ("x_BHP", "log_a_BH", "B_BGN", "C_BGN"), x_BHP, log_a_BH, B_BGN, C_BGN)
+    check_optional("ssd_step", "w_BH", w_BH, tuple(log_a_BH.shape))
+    check_optional("ssd_step", "D_H", D_H, (x_BHP.shape[1],))
+    check_state("ssd_step", state_BHPN, x_BHP, B_BGN)
     y_BHP: Tensor = STEPS.load(backend, x_BHP.device)(state_BHPN, x_BHP, log_a_BH, B_BGN, C_BGN, w_BH, D_H)
     return y_BHP
 
@@ -103,46 +113,16 @@ def documents(cu_seqlens: Tensor, segment_BL: Tensor | None, x_BLHP: Tensor) -> 
     """The document of each token, [1, L], from where documents begin.
 
     Raises:
-        ValueError: a batch over 1, both forms at once, or starts that do not ascend from 0 to the length.
+        ValueError: a batch over 1, both forms at once, or integers that do not ascend from 0 to the length.
     """
     batch, length = x_BLHP.shape[:2]
     if segment_BL is not None or batch != 1:
-        got = f"batch {batch}" if segment_BL is None else "segment_BL too"
-        raise fail("ssd.cu_seqlens", "describes the one row of a batch of 1", got, "Use segment_BL.")
+        also = f"batch {batch}" if segment_BL is None else "segment_BL too"
+        raise fail("ssd.cu_seqlens", "describes the one row of a batch of 1", also, "Use segment_BL.")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in INTEGERS:
+        rule, got = "must be integers [documents + 1]", (tuple(cu_seqlens.shape), cu_seqlens.dtype)
+        raise fail("ssd.cu_seqlens", rule, got, "Give where documents begin, and the length.")
     sizes = cu_seqlens.diff()
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != length or bool((sizes < 0).any()):
         raise fail("ssd.cu_seqlens", f"must ascend from 0 to {length}", cu_seqlens.tolist(), "Sort the documents.")
     return torch.repeat_interleave(torch.arange(len(sizes), device=x_BLHP.device), sizes)[None]
-
-
-def _check_shapes(x: Tensor, log_a: Tensor, B: Tensor, C: Tensor) -> None:
-    if log_a.shape != x.shape[:3]:
-        raise fail(
-            "ssd.log_a_BLH",
-            f"must have shape {tuple(x.shape[:3])}, as x",
-            tuple(log_a.shape),
-            "Give one value per token and head.",
-        )
-    if B.shape != C.shape or B.shape[:2] != x.shape[:2]:
-        raise fail(
-            "ssd.B_BLGN",
-            "B and C have one shape and the batch and length of x",
-            (tuple(B.shape), tuple(C.shape)),
-            "Check both.",
-        )
-    if x.shape[2] % B.shape[2]:
-        raise fail("ssd.B_BLGN", f"groups must divide the {x.shape[2]} heads", B.shape[2], "Repeat the groups to fit.")
-
-
-def _check_rest(x: Tensor, B: Tensor, w: Tensor | None, D: Tensor | None, initial: Tensor | None) -> None:
-    batch, length, heads, width = x.shape
-    shapes = {
-        "w_BLH": (w, (batch, length, heads)),
-        "D_H": (D, (heads,)),
-        "initial_state_BHPN": (initial, (batch, heads, width, B.shape[-1])),
-    }
-    for name, (t, shape) in shapes.items():
-        if t is not None and (tuple(t.shape) != shape or not t.is_floating_point()):
-            raise fail(
-                f"ssd.{name}", f"must be floating point of shape {shape}", (tuple(t.shape), t.dtype), "Check it."
-            )

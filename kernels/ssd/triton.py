@@ -40,7 +40,8 @@ def ssd_triton(
     x, B, C = (_rows(t.to(dtype)) for t in (x_BLHP, B_BLGN, C_BLGN))
     segment = None if segment_BL is None else segment_BL.to(torch.int32).contiguous()
     state = None if state_BHPN is None else state_BHPN.float().contiguous()
-    y, final = _Scan.apply(x, log_a_BLH.float(), B, C, w_BLH, D_H, state, segment)
+    D = None if D_H is None else D_H.contiguous()
+    y, final = _Scan.apply(x, log_a_BLH.float(), B, C, w_BLH, D, state, segment)
     return y.to(x_BLHP.dtype), final
 
 
@@ -188,12 +189,12 @@ def ssd_step_triton(
         got = (state_BHPN.dtype, state_BHPN.stride())
         raise fail("ssd_step.state_BHPN", "'triton' needs contiguous float32", got, "Use the state that ssd returned.")
     x, log_a, B, C = (t.contiguous() for t in (x_BHP, log_a_BH, B_BGN, C_BGN))
-    w = log_a if w_BH is None else w_BH.contiguous()
+    w, D = (log_a if t is None else t.contiguous() for t in (w_BH, D_H))
     y = torch.empty_like(x)
     tile = min(16, block(P))
     launch(
         step_kernel, (batch * heads, -(-P // tile)),
-        state_BHPN, x, log_a, w, B, C, log_a if D_H is None else D_H, y, heads, heads // B.shape[1],
+        state_BHPN, x, log_a, w, B, C, D, y, heads, heads // B.shape[1],
         state_BHPN.stride(0), x.stride(0), log_a.stride(0), w.stride(0), B.stride(0), C.stride(0),
         P=P, N=N, BLOCK_P=tile, BLOCK_N=block(N), WEIGHTS=w_BH is not None, SKIP=D_H is not None,
         name=f"ssd.step P={P} N={N}", warps=2, stages=1,

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ssmorph.kernels.common.dispatch import Backends
+from ssmorph.kernels.ssd import BACKENDS, STEPS
+
 # where the tests' tensors live
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -16,6 +19,34 @@ if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == 
     from .interpreter import mend
 
     mend()
+
+# what is compared against, what an interpreter runs, and packages that need a GPU
+ELSEWHERE = ("reference", "triton", "causal_conv1d", "mamba_ssm", "liger")
+
+
+def on_cpu(backends: Backends) -> list[str]:
+    """The names of an operation's backends that are made for a CPU."""
+    return [name for name in backends.names if name not in ELSEWHERE]
+
+
+def runnable(backends: Backends, name: str) -> str:
+    """The name, or skips with the reason why that backend does not run here."""
+    reason = backends.refusal(name, torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    return name
+
+
+@pytest.fixture(params=on_cpu(BACKENDS))
+def scan_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the scan that is made for a CPU."""
+    return runnable(BACKENDS, request.param)
+
+
+@pytest.fixture(params=on_cpu(STEPS))
+def step_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the scan's step that is made for a CPU."""
+    return runnable(STEPS, request.param)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,9 @@ def run(cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_shipped_kernels_fit(tmp_path: Path, needs_triton: None) -> None:
-    command = ("-m", "benchmarks.compile", "--arch", "sm_80,sm_90", "--dtype", "bf16", "--check")
-    done = run(tmp_path, *command)
+    # how many registers a kernel takes moves with the compiler, so another version need only compile everything
+    check = ("--check",) * (f"triton=={version('triton')}" in (ROOT / "requirements/triton.txt").read_text())
+    done = run(tmp_path, "-m", "benchmarks.compile", "--arch", "sm_80,sm_90", "--dtype", "bf16", *check)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     for kernel in ("ssd.walk y", "ssd.step", "conv.backward", "norm.backward", "mixing.", "distill."):
         assert done.stdout.count(kernel) >= 2, kernel

@@ -245,7 +245,12 @@ def test_random_shapes() -> None:
         ({"weight_CK": torch.zeros(3, 5)}, "weight_CK: needs a width of 2 to 4"),
         ({"bias_C": torch.zeros(2)}, "bias_C: needs 3 channels"),
         ({"past_BKC": torch.zeros(1, 2, 3)}, "past_BKC: holds the 3 inputs before"),
-        ({"segment_BL": torch.zeros(1, 5)}, "segment_BL: needs shape"),
+        ({"segment_BL": torch.zeros(1, 5, dtype=torch.int64)}, "segment_BL: must be integers of shape"),
+        ({"segment_BL": torch.zeros(1, 4)}, "segment_BL: must be integers of shape"),
+        ({"x_BLC": torch.zeros(4, 3)}, r"x_BLC: must be floating point \[B, L, C\]"),
+        ({"x_BLC": torch.zeros(1, 4, 3, dtype=torch.int64)}, "x_BLC: must be floating point"),
+        ({"past_BKC": torch.zeros(1, 3, 3, dtype=torch.int64)}, "past_BKC: must be floating point"),
+        ({"weight_CK": torch.zeros(3, 4, dtype=torch.int64)}, "weight_CK: must be floating point"),
         ({"backend": "chunky"}, "backend: must name a backend of causal_conv"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -256,6 +261,8 @@ def test_mistakes_are_named(change: dict[str, Any], named: str) -> None:
     if "past_BKC" in change:
         with pytest.raises(ValueError, match=rf"causal_conv_step\.{named}"):
             causal_conv_step(change["past_BKC"], torch.zeros(1, 3), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"causal_conv_step\.x_BC: must be floating point \[B, C\]"):
+        causal_conv_step(torch.zeros(1, 3, 3), torch.zeros(1, 1, 3), torch.zeros(3, 4))
 
 
 def test_triton_refuses_double(needs_triton: None) -> None:

@@ -310,6 +310,8 @@ def test_half_precision_is_computed_in_float32_even_under_autocast() -> None:
         ({"teacher_head_VE": torch.zeros(18, 8)}, "17 rows"),
         ({"student_bias_V": torch.zeros(16)}, "student_bias_V"),
         ({"student_TD": torch.zeros(3, 7, 5)}, "Flatten"),
+        ({"teacher_TE": torch.zeros(21, 8, dtype=torch.int64)}, "teacher: must be floating point"),
+        ({"labels_T": torch.zeros(21)}, "labels_T: must be integers"),
         ({"backend": "chunkd"}, "'chunked'"),
     ],
 )

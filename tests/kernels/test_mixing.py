@@ -225,6 +225,10 @@ def test_no_tensor_reaches_length_squared(loss: str) -> None:
         ({"softcap": 0.0}, "must be positive"),
         ({"backend": "chunkd"}, "'chunked'"),
         ({"C_BLHN": torch.zeros(2, 8, 3, 5)}, "divide the 4 heads"),
+        ({"C_BLHN": torch.zeros(2, 8, 0, 5)}, "divide the 4 heads"),
+        ({"B_BLHN": torch.zeros(2, 8, 2, 5, dtype=torch.int64)}, "B_BLHN: must be floating point"),
+        ({"log_a_BLH": torch.zeros(8, 4)}, "log_a_BLH"),
+        ({"w_BLH": torch.zeros(2, 8, 2)}, "w_BLH"),
         ({"k_BLGK": torch.zeros(2, 9, 2, 6)}, "k_BLGK"),
         ({"B_BLHN": torch.zeros(2, 8, 2, 4)}, "equal widths"),
         ({"D_H": torch.zeros(3)}, "D_H"),
@@ -234,6 +238,28 @@ def test_no_tensor_reaches_length_squared(loss: str) -> None:
 def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mixing_loss(**{**problem(8), "scale": 1.0, **change})
+
+
+def test_random_shapes() -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    options = st.fixed_dictionaries(
+        {
+            "loss": st.sampled_from(LOSSES),
+            "window": st.none() | st.integers(1, 150),
+            "softcap": st.none() | st.floats(0.5, 4.0),
+            "sinks_H": st.none() | st.just(torch.linspace(-1.0, 3.0, HEADS, dtype=torch.float64)),
+        }
+    )
+
+    @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+    @hypothesis.given(
+        st.integers(1, 150), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([0.0, 0.1, 5.0]), options
+    )
+    def agree(length: int, batch: int, groups: int, decay: float, options: dict[str, Any]) -> None:
+        assert_same(problem(length, batch=batch, groups=groups, decay=decay), **options)
+
+    agree()
 
 
 def test_groups_repeat_as_whole_blocks_of_heads() -> None:

@@ -145,6 +145,9 @@ def test_mistakes_are_named(needs_triton: None) -> None:
         gated_group_norm(y, y[..., :3], weight, groups=2, eps=EPS)
     with pytest.raises(ValueError, match=r"gated_group_norm\.weight_E"):
         gated_group_norm(y, y, weight[:3], groups=2, eps=EPS)
+    for wrong in (y[0], y.long()):
+        with pytest.raises(ValueError, match=r"gated_group_norm\.y_BLE: must be floating point \[B, L, E\]"):
+            gated_group_norm(wrong, None, weight, groups=2, eps=EPS)
     wide = torch.zeros(1, 2, 1025, device=DEVICE)
     with pytest.raises(ValueError, match=r"groups of up to 1024 channels; got 1025"):
         gated_group_norm(wide, None, wide[0, 0], groups=1, eps=EPS, backend="triton")
