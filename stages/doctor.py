@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ssmorph.kernels import distill, mixing, ssd
+from ssmorph.kernels import distill, mixing, relation, ssd
 
 from .threads import _seconds, choose_threads
 
@@ -46,7 +46,7 @@ def examine() -> dict[str, Any]:
         },
         "kernels on this device": {
             op.__name__.rsplit(".", 1)[-1]: f"{op.BACKENDS.choose(None, device)} of {', '.join(op.BACKENDS.names)}"
-            for op in (ssd, mixing, distill)
+            for op in (ssd, mixing, relation, distill)
         },
         "threads": {
             "chosen": threads,
