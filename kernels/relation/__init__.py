@@ -8,14 +8,18 @@ from torch import Tensor
 from ssmorph.errors import fail
 
 from ..common.dispatch import Backends
+from ..common.gpu import refuses_triton
 from .problem import Problem
 
 BACKENDS = Backends(
     "relation_loss",
     {
         "chunked": "ssmorph.kernels.relation.chunked:relation_chunked",
+        "triton": "ssmorph.kernels.relation.triton:relation_triton",
         "reference": "ssmorph.kernels.relation.reference:relation_reference",
     },
+    refuses={"triton": refuses_triton},
+    on_gpu="triton",
 )
 
 __all__ = ["BACKENDS", "relation_loss"]
@@ -38,7 +42,8 @@ def relation_loss(
     X are queries, keys or values, or what stands for them, of all heads side by side; the loss of MiniLMv2 is the sum
     over the three [MiniLM, 2002.10957, eq. 6; MiniLMv2, 2012.15828, eq. 5]. Both sides are split anew into `heads`
     heads, so that heads and widths of the models may differ. Gradients go to the student's side alone. Computed in
-    float32 (float64 for float64) and O(L) memory but for 'reference'. Whatever stands at padded tokens has no influence and gets
+    float32 (float64 for float64) and O(L) memory but for 'reference'; 'triton' multiplies half-precision inputs as they
+    are, and rounds gradients of scores before that. Whatever stands at padded tokens has no influence and gets
     gradient 0.
 
     Args:

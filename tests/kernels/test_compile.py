@@ -69,7 +69,7 @@ def test_shipped_kernels_fit(tmp_path: Path, needs_triton: None) -> None:
     command = ("-m", "benchmarks.compile", "--arch", "sm_80,sm_90", "--dtype", "bf16", "--check")
     done = run(tmp_path, *command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    for kernel in ("ssd.walk y", "ssd.step", "conv.backward", "norm.backward", "mixing.", "distill."):
+    for kernel in ("ssd.walk y", "ssd.step", "conv.backward", "norm.backward", "mixing.", "relation.", "distill."):
         assert done.stdout.count(kernel) >= 2, kernel
 
 
