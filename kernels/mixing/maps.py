@@ -107,8 +107,8 @@ class _Student:
         """Writes rows start.. up to the column of the last."""
         stop = start + M_QS.shape[0]
         torch.mm(self.C_HLN[h, start:stop], self.wB_HLN[h, :stop].t(), out=M_QS)
-        # above the diagonal the difference would be positive and overflow
-        decay_QS = (self.cum_HL[h, start:stop, None] - self.cum_HL[h, :stop]).clamp_(max=0).exp_()
+        # above the diagonal the decay may be infinite, and is overwritten
+        decay_QS = (self.cum_HL[h, start:stop, None] - self.cum_HL[h, :stop]).exp_()
         M_QS.mul_(decay_QS).tril_(start)
         M_QS.diagonal(start).add_(self.D_H[h])
 

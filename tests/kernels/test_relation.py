@@ -102,6 +102,17 @@ def test_padded_tokens_have_no_influence(causal: bool, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padded_sequence_equals_the_sequence_alone(causal: bool, backend: str) -> None:
+    tensors = problem(70, batch=1)
+    alone = run(tensors, backend, causal=causal)
+    padded = [torch.cat([torch.ones_like(t[:, :20]), t], 1) for t in tensors]
+    together = run(padded, backend, causal=causal, valid_BL=torch.arange(90)[None] >= 20)
+    torch.testing.assert_close(together[0], alone[0])
+    torch.testing.assert_close(together[1][:, 20:], alone[1])
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_nothing_valid_costs_nothing(poisoned: None, backend: str) -> None:
     for valid_BL in (torch.zeros(2, 9, dtype=torch.bool), torch.arange(9).expand(2, 9) < torch.tensor([[0], [5]])):
         loss_H, grad = run(problem(9), backend, valid_BL=valid_BL)

@@ -138,6 +138,19 @@ def test_kernels_stay_within_their_inputs(poisoned: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_tokens_that_do_not_count_are_given_no_gradient(poisoned: None) -> None:
+    """By the kernel already, and not only by the mask before it."""
+    from ssmorph.kernels.relation.problem import Problem
+    from ssmorph.kernels.relation.triton import relation_triton
+
+    student, teacher = (t.float().to(DEVICE).unflatten(-1, (HEADS, -1)) for t in problem(70))
+    valid_BL = padding(70).to(DEVICE)
+    for causal in (True, False):
+        leaf = student.clone().requires_grad_()
+        relation_triton(leaf, Problem(teacher, 0.4, 0.4, causal, valid_BL)).sum().backward()
+        assert leaf.grad[~valid_BL].abs().max() == 0
+
+
 def test_same_bits_again_and_without_gradients() -> None:
     tensors = [t.float().to(DEVICE) for t in problem(70)]
     first, second = (run(tensors, "triton") for _ in range(2))
