@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel, without a device: `python -m benchmarks.compile [--check]`.
 
-    --arch sm_80,sm_90,gfx942   --dtype bf16,fp16,fp32   --op ssd,conv,norm,distill
+    --arch sm_80,sm_90,gfx942   --dtype bf16,fp16,fp32   --op ssd,conv,norm,mixing,relation,distill
 
 Compiles each kernel in each configuration that its launcher can choose, with the arguments as the JIT would specialise
 them, and prints registers, bytes of spills, shared memory, how many blocks a multiprocessor holds, and the issue slots
@@ -26,7 +26,7 @@ from typing import Any
 from ssmorph.errors import fail, nearest
 from ssmorph.kernels.common.shipped import Shipped
 
-OPS = ("ssd", "conv", "norm", "mixing", "distill")
+OPS = ("ssd", "conv", "norm", "mixing", "relation", "distill")
 DTYPES = ("bf16", "fp16", "fp32")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ssmorph.kernels import conv, distill, mixing, norm, ssd
+from ssmorph.kernels import conv, distill, mixing, norm, relation, ssd
 from ssmorph.kernels.common.dispatch import Backends
 
 from .threads import _seconds, choose_threads
@@ -46,7 +46,8 @@ def examine() -> dict[str, Any]:
             n: ("found" if find_spec(n) else f"missing ({what}): pip install --no-deps {n}") for n, what in DATA.items()
         },
         "kernels on this device": {
-            op.__name__.rsplit(".", 1)[-1]: _backends(op.BACKENDS, device) for op in (ssd, conv, norm, mixing, distill)
+            op.__name__.rsplit(".", 1)[-1]: _backends(op.BACKENDS, device)
+            for op in (ssd, conv, norm, mixing, relation, distill)
         },
         "threads": {
             "chosen": threads,

@@ -1,4 +1,4 @@
-"""Mixing losses: how far the matrix an SSM applies to its inputs is from the teacher's attention matrix."""
+"""Mixing losses and maps: the matrix an SSM applies to its inputs against the teacher's attention matrix."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ssmorph.errors import fail, nearest
 from ..common.dispatch import Backends
 from ..common.gpu import refuses_triton
 from ..common.native import refuses_native
+from .checks import check_extras, check_shapes, check_teacher
+from .maps import mixing_maps
 from .teacher import Teacher
 
 BACKENDS = Backends(
@@ -25,7 +27,7 @@ BACKENDS = Backends(
 )
 LOSSES = ("cosine", "frobenius")
 
-__all__ = ["BACKENDS", "LOSSES", "mixing_loss"]
+__all__ = ["BACKENDS", "LOSSES", "mixing_loss", "mixing_maps"]
 
 
 def mixing_loss(
@@ -76,9 +78,12 @@ def mixing_loss(
         ValueError: shapes that disagree, groups that do not divide the heads, an unknown loss or backend, a window
             below 1 or a soft cap that is not positive.
     """
-    _check_options(loss, window, softcap)
-    _check_shapes(C_BLHN, B_BLHN, log_a_BLH, q_BLHK, k_BLGK)
-    _check_extras(log_a_BLH, w_BLH, D_H, sinks_H, valid_BL)
+    op = "mixing_loss"
+    if loss not in LOSSES:
+        raise fail(f"{op}.loss", "must be a known loss", repr(loss), nearest(loss, LOSSES))
+    check_teacher(op, window, softcap)
+    check_shapes(op, C_BLHN, B_BLHN, log_a_BLH, q_BLHK, k_BLGK)
+    check_extras(op, log_a_BLH, w_BLH, D_H, sinks_H, valid_BL)
     function = BACKENDS.load(backend, C_BLHN.device)
     work = torch.promote_types(C_BLHN.dtype, torch.float32)
     heads = log_a_BLH.shape[2]
@@ -99,45 +104,3 @@ def mixing_loss(
 def _per_head(t_BLGN: Tensor, heads: int) -> Tensor:
     repeat = heads // t_BLGN.shape[2]
     return t_BLGN.repeat_interleave(repeat, dim=2) if repeat > 1 else t_BLGN
-
-
-def _check_options(loss: str, window: int | None, softcap: float | None) -> None:
-    if loss not in LOSSES:
-        raise fail("mixing_loss.loss", "must be a known loss", repr(loss), nearest(loss, LOSSES))
-    if window is not None and window < 1:
-        raise fail("mixing_loss.window", "must be at least 1", window, "Use None for full attention.")
-    if softcap is not None and not softcap > 0:
-        raise fail("mixing_loss.softcap", "must be positive", softcap, "Use None for no soft cap.")
-
-
-def _check_shapes(C: Tensor, B: Tensor, log_a: Tensor, q: Tensor, k: Tensor) -> None:
-    shape = tuple(log_a.shape)
-    if len(shape) != 3:
-        raise fail("mixing_loss.log_a_BLH", "has batch, length and heads", shape, "Give one value per token and head.")
-    for name, t in (("C_BLHN", C), ("B_BLHN", B), ("q_BLHK", q), ("k_BLGK", k)):
-        if t.ndim != 4 or tuple(t.shape[:2]) != shape[:2] or not t.is_floating_point():
-            rule = f"must be floating point [{shape[0]}, {shape[1]}, heads, width] as log_a_BLH is"
-            raise fail(f"mixing_loss.{name}", rule, (tuple(t.shape), t.dtype), "Check batch and length.")
-        if t.shape[2] == 0 or shape[2] % t.shape[2]:
-            rule = f"heads must divide the {shape[2]} heads of log_a_BLH"
-            raise fail(f"mixing_loss.{name}", rule, t.shape[2], "Repeat the groups to fit.")
-    if C.shape[3] != B.shape[3] or q.shape[3] != k.shape[3]:
-        got = (C.shape[3], B.shape[3], q.shape[3], k.shape[3])
-        raise fail("mixing_loss", "C and B, and q and k, must have equal widths", got, "Check C, B, q, k.")
-
-
-def _check_extras(
-    log_a: Tensor, w: Tensor | None, D: Tensor | None, sinks: Tensor | None, valid: Tensor | None
-) -> None:
-    batch, length, heads = log_a.shape
-    wanted = (
-        ("w_BLH", w, (batch, length, heads)),
-        ("D_H", D, (heads,)),
-        ("sinks_H", sinks, (heads,)),
-        ("valid_BL", valid, (batch, length)),
-    )
-    for name, t, shape in wanted:
-        if t is not None and tuple(t.shape) != shape:
-            raise fail(f"mixing_loss.{name}", f"must have shape {shape}", tuple(t.shape), "Check it against log_a_BLH.")
-    if valid is not None and valid.dtype != torch.bool:
-        raise fail("mixing_loss.valid_BL", "must be boolean, True at tokens", valid.dtype, "Compare the mask with 0.")

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .scores import ROWS, Scores, by_head
 from .teacher import Teacher
 
-ROWS = 128
 SPAN = 30.0  # nats between cum and its reference: factors up to e^30, small against either end of float32
 DEAD = 80.0  # nats after which a column is left out, just before float32 leaves its normal range
 
@@ -61,8 +61,8 @@ class _MixingLoss(torch.autograd.Function):
             kept = None if valid is None else valid[b].nonzero().squeeze(1)
             if length == 0 or (kept is not None and kept.numel() == 0):
                 continue
-            C_HLN, B_HLN, log_a_HL, w_HL = (_by_head(t[b], kept) for t in (C, B, log_a, w))
-            scores = _Scores(teacher, b, kept, length)
+            C_HLN, B_HLN, log_a_HL, w_HL = (by_head(t[b], kept) for t in (C, B, log_a, w))
+            scores = Scores(teacher, b, kept, length)
             for h in range(heads):
                 head = _Head(C_HLN[h], B_HLN[h], log_a_HL[h], w_HL[h], D[h], want)
                 loss_H[h] += head.frobenius(scores, h) if loss == "frobenius" else head.cosine(scores, h)
@@ -81,49 +81,6 @@ class _MixingLoss(torch.autograd.Function):
         share_H11 = (grad_H / ctx.count)[:, None, None]
         grads = ((t * (share_H11 if t.ndim == 4 else share_H11[..., 0])).transpose(1, 2) for t in outs)
         return *grads, dD_H * share_H11[:, 0, 0], None, None, None, None
-
-
-def _by_head(t_LHx: Tensor, kept: Tensor | None) -> Tensor:
-    """The tokens kept, contiguous for each head [H, L, ...]."""
-    return (t_LHx if kept is None else t_LHx[kept]).transpose(0, 1).contiguous()
-
-
-class _Scores:
-    """The teacher's attention of one sequence, a block of rows of one head at a time."""
-
-    def __init__(self, teacher: Teacher, b: int, kept: Tensor | None, length: int) -> None:
-        self.q_HLK = _by_head(teacher.q_BLHK[b] * teacher.scale, kept)
-        k_LHK = teacher.k_BLHK[b] if kept is None else teacher.k_BLHK[b, kept]
-        self.k_HKL = k_LHK.permute(1, 2, 0).contiguous()
-        self.teacher = teacher
-        self.position_L = torch.arange(length, device=self.q_HLK.device) if kept is None else kept
-        self.positions = self.position_L.tolist()
-        self.later_RR = self.q_HLK.new_full((ROWS, ROWS), -math.inf).triu_(1)
-
-    def first(self, row: int) -> int:
-        """The first token that the given row sees."""
-        window = self.teacher.window
-        return 0 if window is None else bisect.bisect_right(self.positions, self.positions[row] - window)
-
-    def fill(self, A_RS: Tensor, h: int, start: int, low: int, sink: bool = True) -> None:
-        """Writes the probabilities of rows start.. into A, whose columns are the tokens from low to the last row."""
-        rows, stop, first = A_RS.shape[0], start + A_RS.shape[0], self.first(start)
-        if first > low:
-            A_RS[:, : first - low].zero_()
-        seen_RS = A_RS[:, first - low :]
-        torch.mm(self.q_HLK[h, start:stop], self.k_HKL[h, :, first:stop], out=seen_RS)
-        if self.teacher.softcap is not None:
-            seen_RS.div_(self.teacher.softcap).tanh_().mul_(self.teacher.softcap)
-        seen_RS[:, start - first :].add_(self.later_RR[:rows, :rows])
-        if self.teacher.window is not None:
-            last = self.first(stop - 1)
-            far_RS = self.position_L[start:stop, None] - self.position_L[first:last] >= self.teacher.window
-            seen_RS[:, : last - first].masked_fill_(far_RS, -math.inf)
-        if self.teacher.sinks_H is None or not sink:
-            torch.softmax(seen_RS, dim=-1, out=seen_RS)
-        else:
-            log_sum_R1 = torch.logaddexp(seen_RS.logsumexp(-1, keepdim=True), self.teacher.sinks_H[h])
-            seen_RS.sub_(log_sum_R1).exp_()
 
 
 @dataclass(frozen=True)
@@ -177,7 +134,7 @@ class _Head:
             self.dC_LN = torch.empty_like(C_LN)
             self.dB_NL, self.dBc_NL = torch.zeros_like(self.wB_NL), torch.zeros_like(self.wB_NL)
 
-    def frobenius(self, scores: _Scores, h: int) -> Tensor:
+    def frobenius(self, scores: Scores, h: int) -> Tensor:
         """The norm of M - A, with the gradients divided by it, which is known only once all rows are done."""
         norm_L = torch.empty_like(self.w_L)
         for start, alive in self._blocks_of_rows():
@@ -195,7 +152,7 @@ class _Head:
             self._finish(torch.where(norm > 0, -1 / norm, 0).to(norm_L.dtype))
         return norm
 
-    def cosine(self, scores: _Scores, h: int) -> Tensor:
+    def cosine(self, scores: Scores, h: int) -> Tensor:
         """The sum over rows of 1 - cos(M_t, A_t)."""
         cosine_L, factor_L = torch.empty_like(self.w_L), torch.empty_like(self.w_L)
         for start, alive in self._blocks_of_rows():
@@ -245,7 +202,7 @@ class _Head:
                 self.dB_NL[:, columns].addcmul_(self.dBc_NL[:, columns], column_L)
                 self.dBc_NL[:, columns].zero_()
 
-    def _open(self, start: int, alive: int, scores: _Scores) -> tuple[Tensor, Tensor, int]:
+    def _open(self, start: int, alive: int, scores: Scores) -> tuple[Tensor, Tensor, int]:
         """A buffer for a block of rows, the student's diagonal block, and the buffer's first column."""
         rows, low = min(ROWS, self.length - start), min(alive, scores.first(start))
         return self._view(0, (rows, start + rows - low)), self.M_ZRR[start // ROWS, :rows, :rows], low

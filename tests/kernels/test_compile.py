@@ -71,7 +71,7 @@ def test_shipped_kernels_fit(tmp_path: Path, needs_triton: None) -> None:
     check = ("--check",) * (f"triton=={version('triton')}" in (ROOT / "requirements/triton.txt").read_text())
     done = run(tmp_path, "-m", "benchmarks.compile", "--arch", "sm_80,sm_90", "--dtype", "bf16", *check)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    for kernel in ("ssd.walk y", "ssd.step", "conv.backward", "norm.backward", "mixing.", "distill."):
+    for kernel in ("ssd.walk y", "ssd.step", "conv.backward", "norm.backward", "mixing.", "relation.", "distill."):
         assert done.stdout.count(kernel) >= 2, kernel
     *_, rows = done.stdout.partition("sm_90 bf16")
     for kernel in SLOTS:
