@@ -33,3 +33,13 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+
+
+def precision(device: torch.device, *operands: torch.Tensor) -> str:
+    """How tl.dot multiplies: half types as they are.
+
+    Of float32 one product of TF32 keeps 10 bits, three keep all; AMD's cards multiply float32 itself.
+    """
+    if max(t.element_size() for t in operands) < 4:
+        return "tf32"
+    return "ieee" if architecture(device).startswith("gfx") else "tf32x3"

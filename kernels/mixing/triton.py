@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ssmorph.errors import fail
 
-from ..common.gpu import architecture
+from ..common.gpu import architecture, precision
 from ..common.launch import launch, recorded
 from ..common.shipped import Shipped
 from .teacher import Teacher
@@ -139,7 +139,7 @@ class _Tiles:
         self.constants: dict[str, Any] = {
             "N": N, "K": K, "BLOCK_N": _block(N), "BLOCK_K": _block(K), "Q": row.rows, "COSINE": cosine,
             "CAPPED": cap is not None, "WINDOW": teacher.window is not None, "PADDED": valid is not None,
-            "PRECISION": "tf32x3" if max(C.element_size(), teacher.q_BLHK.element_size()) == 4 else "tf32",
+            "PRECISION": precision(C.device, C, teacher.q_BLHK),
         }  # fmt: skip
 
     def run(self, want: bool) -> tuple[Tensor, list[Tensor]]:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ssmorph.errors import fail
 
-from ..common.gpu import architecture
+from ..common.gpu import architecture, precision
 from ..common.launch import launch, recorded
 from ..common.shipped import Shipped
 from .problem import Problem
@@ -115,7 +115,7 @@ def _run(x: Tensor, y: Tensor, counts_B: Tensor, problem: Problem, row: Launch, 
     sizes = (length, heads, heads * J, heads * K, problem.student_scale * LOG2E, problem.teacher_scale * LOG2E)
     constants: dict[str, Any] = {
         "J": J, "K": K, "BLOCK_J": _block(J), "BLOCK_K": _block(K), "Q": row.rows, "CAUSAL": problem.causal,
-        "PRECISION": _precision(x, y),
+        "PRECISION": precision(x.device, x, y),
     }  # fmt: skip
     grid, what = (blocks, batch * heads), f"{'causal' if problem.causal else 'full'} J={J} K={K}"
     inputs = (x, y, counts_B, a_BHL, b_BHL)
@@ -132,13 +132,6 @@ def _run(x: Tensor, y: Tensor, counts_B: Tensor, problem: Problem, row: Launch, 
 
 def _block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
-
-
-def _precision(x: Tensor, y: Tensor) -> str:
-    """Of products of float32: one of TF32 keeps 10 bits, three keep all; AMD's cards multiply float32 itself."""
-    if max(x.element_size(), y.element_size()) < 4:
-        return "tf32"
-    return "ieee" if architecture(x.device).startswith("gfx") else "tf32x3"
 
 
 def shipped(arch: str, dtype: str) -> list[Shipped]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssmorph.errors import fail
 
-from ..common.gpu import architecture
+from ..common.gpu import architecture, precision
 
 # programs wanted per multiprocessor before a sequence is left whole, and the fewest chunks worth a section
 FILL, SHORTEST = 2, 8
@@ -75,7 +75,7 @@ class Plan:
         chunks = -(-total // sections_of(batch * heads * -(-P // row.tile), total, x.device))
         return cls(
             batch=batch, length=length, heads=heads, group=heads // B.shape[2], P=P, N=B.shape[-1],
-            chunks=chunks, sections=-(-total // chunks), launch=row, precision=precision_of(x.dtype),
+            chunks=chunks, sections=-(-total // chunks), launch=row, precision=precision(x.device, x),
         )  # fmt: skip
 
     @property
@@ -87,11 +87,6 @@ class Plan:
         """Where the sections' own states and their decays go."""
         shape = (self.batch, self.heads, self.sections)
         return x.new_empty(*shape, self.P, self.N, dtype=torch.float32), x.new_empty(*shape, dtype=torch.float32)
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: three TF32 products for float32, which keep 21 bits or more; half types as they are."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def row_for(device: torch.device, dtype: torch.dtype, widest: int) -> Launch:

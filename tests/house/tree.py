@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "ssmorph"
 CODE_ROOMS = ("kernels", "convert", "stages")
 ROOMS = (*CODE_ROOMS, "configs")
-NOT_OURS = {"__pycache__", "build", "dist", "runs", "wandb", "shared"}
+# .git is a file in a worktree, and names the checkout that it belongs to
+NOT_OURS = {".git", "__pycache__", "build", "dist", "runs", "wandb", "shared"}
 
 
 def ours(folder: Path) -> Iterator[Path]:
