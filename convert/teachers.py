@@ -161,7 +161,7 @@ def load_config(source: str, revision: str | None = None, trust_remote_code: boo
             f"{source}: {_first_line(error)}",
             "Check the name.",
         ) from error
-    family_of(config.model_type)
+    family_of(config)
     return config
 
 
