@@ -68,7 +68,9 @@ def layer_kwargs(model: nn.Module, spec: FamilySpec, tokens_BL: Tensor) -> list[
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
             seen[index] = {
-                k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")
+                k: v
+                for k, v in kwargs.items()
+                if k not in ("hidden_states", "past_key_values", "layer_past", "use_cache")
             }
 
         return hook
@@ -158,7 +160,7 @@ def _registered_tap(model: Any, wanted: dict[int, int], store: dict[int, Attende
         if id(module) in wanted:
             store[wanted[id(module)]] = _attended(module, query, key, mask, kwargs)
         # an eager attention is the family's own: only it knows of its soft caps and sinks
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager = sys.modules[type(module).__module__].eager_attention_forward
         inner = ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)
         return inner(module, query, key, value, mask, **kwargs)
 

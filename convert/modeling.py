@@ -49,6 +49,13 @@ class SsmorphConfig(PreTrainedConfig):
                 setattr(self, name, kwargs.pop(name))
         super().__post_init__(**kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """What this config lacks is the teacher's: its forward asks for multipliers, soft caps and the like."""
+        teacher = self.__dict__.get("text_config")
+        if name.startswith("_") or teacher is None or isinstance(teacher, dict):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(teacher, name)
+
     @property
     def vocab_size(self) -> int:
         """The teacher's vocabulary."""

@@ -103,7 +103,8 @@ def folded(part: Projection, attention: nn.Module, name: str | None, unit_offset
 def _norm_of(norm: nn.Module, unit_offset: bool, heads: int, width: int) -> tuple[Tensor, Tensor, bool, bool]:
     """What a norm of queries or keys multiplies by and adds, [H, P]; whether it centres; whether it spans all heads."""
     # StableLM has a LayerNorm of its own for each head
-    norms = list(norm.norms) if hasattr(norm, "norms") else [norm]
+    each = getattr(norm, "norms", None)
+    norms = list(each) if isinstance(each, nn.ModuleList) else [norm]
     weight = torch.cat([norm_weight(n, unit_offset) for n in norms])
     biases = [getattr(n, "bias", None) for n in norms]
     shift = torch.cat([torch.zeros_like(weight) if b is None else b.double() for b in biases])

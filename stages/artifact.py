@@ -64,7 +64,6 @@ def copied_student(
     teacher: Any, spec: FamilySpec, layers: tuple[int, ...], kind: str, conv_kernel: int, seed: int, own_rest: bool
 ) -> Any:
     """Surgery: the teacher with copied mixers in `layers`. The seed draws the stock gate, which attention has not."""
-    blocks = spec.decoder_layers(teacher)
     torch.manual_seed(seed)
     mixers = {i: copy_attention(teacher, spec, i, kind, conv_kernel) for i in layers}
     return assemble(teacher, mixers, own_rest)

@@ -83,7 +83,11 @@ def _layer_states(
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            passed = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
+            passed = {
+                k: v
+                for k, v in kwargs.items()
+                if k not in ("hidden_states", "past_key_values", "layer_past", "use_cache")
+            }
             seen[index] = (
                 args[0] if args else kwargs["hidden_states"],
                 output[0] if isinstance(output, tuple) else output,

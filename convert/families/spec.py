@@ -79,8 +79,8 @@ def attention_bias(config: Any) -> tuple[bool, bool]:
 class FamilySpec:
     """One model family of transformers. Paths are attribute paths from the causal language model.
 
-    The defaults are those of Llama; a family names what differs. What a checkpoint's config decides is a function of the
-    config, and for what may differ between layers, of the layer's index.
+    The defaults are those of Llama; a family names what differs. What a checkpoint's config decides is a function of
+    the config, and for what may differ between layers, of the layer's index.
 
     Attributes:
         model_types: the `model_type` words of its configs.
