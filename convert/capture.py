@@ -23,6 +23,8 @@ from .families import FamilySpec
 from .families.spec import split_fused
 
 CAPTURE = "ssmorph_capture"
+# of a decoder layer's arguments, what belongs to one call alone
+OWN = ("hidden_states", "past_key_values", "layer_past", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,7 @@ def layer_kwargs(model: nn.Module, spec: FamilySpec, tokens_BL: Tensor) -> list[
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
-            seen[index] = {
-                k: v
-                for k, v in kwargs.items()
-                if k not in ("hidden_states", "past_key_values", "layer_past", "use_cache")
-            }
+            seen[index] = {k: v for k, v in kwargs.items() if k not in OWN}
 
         return hook
 

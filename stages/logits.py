@@ -30,9 +30,8 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
             taught_TD = teacher.base_model(tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         with _outputs(ctx, student, stage.layer_weight > 0) as own:
             own_TD = student.base_model(tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        loss = divergence(
-            ctx, stage, own_TD, taught_TD, tokens_BL[:, 1:].flatten(), batch.loss_mask_BL[:, 1:].flatten()
-        )
+        labels_T, mask_T = tokens_BL[:, 1:].flatten(), batch.loss_mask_BL[:, 1:].flatten()
+        loss = divergence(ctx, stage, own_TD, taught_TD, labels_T, mask_T)
         if stage.layer_weight:
             loss = loss + stage.layer_weight * _layer_term(own, taught)
         loss.backward()
