@@ -23,7 +23,7 @@ def child(length: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ssmorph.convert.capture import captured
-    from ssmorph.convert.families import FAMILIES, AttentionShape
+    from ssmorph.convert.families import FAMILIES
     from ssmorph.convert.surgery import copy_attention
     from ssmorph.stages.mixing import align_matrices
 
@@ -34,7 +34,7 @@ def child(length: int) -> None:
         num_key_value_heads=3, max_position_embeddings=8192,
     )  # fmt: skip
     teacher, family = LlamaForCausalLM(config).eval().requires_grad_(False), FAMILIES["llama"]
-    mixer = copy_attention(teacher.model.layers[1].self_attn, family, AttentionShape.of(config), "mamba2", 1)
+    mixer = copy_attention(teacher, family, 1, "mamba2")
     mixer.requires_grad_(True)
 
     def step(tokens: int) -> None:

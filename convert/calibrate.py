@@ -118,7 +118,8 @@ class _Layer:
         return fit
 
     def _norm(self, hidden_BLD: Tensor) -> Tensor:
-        return self.student_layer.get_submodule(self.spec.mixer_norm)(hidden_BLD)
+        name = self.spec.mixer_norm(self.teacher.config)
+        return hidden_BLD if name is None else self.student_layer.get_submodule(name)(hidden_BLD)
 
     def _teacher_pass(self, taught: list[Tensor]) -> tuple[list[MixerCall], list[Tensor]]:
         calls, moved = [], []

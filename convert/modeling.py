@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import fail
-from .families import AttentionShape, family_of
+from .families import family_of
 from .mixers import Mixer, MixerShape, make_mixer
 from .mixers.mamba2 import GatedNorm
 
@@ -26,13 +26,15 @@ class SsmorphConfig(PreTrainedConfig):
     """A hybrid's config.
 
     `text_config` is the teacher's config (transformers' name for a nested decoder, so that caches, masks and PEFT find
-    it); `converted` maps a layer index to {"kind": mixer, "shape": sizes}.
+    it); `converted` maps a layer index to {"kind": mixer, "shape": sizes}; `places` says where the decoder layers are,
+    and where in a layer the mixer is.
     """
 
     model_type = "ssmorph"
     sub_configs: ClassVar = {"text_config": AutoConfig}
     text_config: Any = None
     converted: dict | None = None
+    places: dict | None = None
     ssmorph_version: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -46,6 +48,13 @@ class SsmorphConfig(PreTrainedConfig):
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
         super().__post_init__(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What this config lacks is the teacher's: its forward asks for multipliers, soft caps and the like."""
+        teacher = self.__dict__.get("text_config")
+        if name.startswith("_") or teacher is None or isinstance(teacher, dict):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(teacher, name)
 
     @property
     def vocab_size(self) -> int:
@@ -119,10 +128,8 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
             config.text_config._attn_implementation = config._attn_implementation
         teacher_class.__init__(self, config.text_config, *args, **kwargs)
         self.config = config
-        spec = family_of(config.text_config.model_type)
-        layers = spec.decoder_layers(self)
         for index, (kind, shape) in config.layers().items():
-            setattr(layers[index], spec.mixer, make_mixer(kind, shape, index))
+            set_mixer(self, config, index, make_mixer(kind, shape, index))
 
     @torch.no_grad()
     def _init_weights(self: Any, module: nn.Module) -> None:
@@ -142,18 +149,25 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
     return type("SsmorphForCausalLM", (SsmorphForCausalLM, teacher_class), body)
 
 
+def set_mixer(model: nn.Module, config: SsmorphConfig, layer: int, mixer: Mixer) -> None:
+    """Puts a mixer into the place of a layer's attention."""
+    assert config.places is not None
+    path, _, name = f"{config.places['layers']}.{layer}.{config.places['mixer']}".rpartition(".")
+    setattr(model.get_submodule(path), name, mixer)
+
+
 def hybrid_of(teacher: PreTrainedModel, mixers: dict[int, Mixer], version: str) -> SsmorphForCausalLM:
     """A hybrid that shares every kept weight with `teacher` and has `mixers` in the converted layers."""
     converted = {str(i): {"kind": m.kind, "shape": m.shape.as_dict()} for i, m in sorted(mixers.items())}
-    config = SsmorphConfig(text_config=teacher.config, converted=converted, ssmorph_version=version)
+    spec = family_of(teacher.config)
+    places = {"layers": spec.layers, "mixer": spec.mixer}
+    config = SsmorphConfig(text_config=teacher.config, converted=converted, places=places, ssmorph_version=version)
     config.dtype = teacher.dtype
     with torch.device("meta"):
         student = SsmorphForCausalLM(config)
-    spec = family_of(teacher.config.model_type)
     _share_tensors(student, teacher)
-    layers = spec.decoder_layers(student)
     for index, mixer in mixers.items():
-        setattr(layers[index], spec.mixer, mixer)
+        set_mixer(student, config, index, mixer)
     student.generation_config = GenerationConfig.from_dict(teacher.generation_config.to_dict())
     student.tie_weights()
     return student.eval()
@@ -173,9 +187,3 @@ def register() -> None:
     """Makes AutoConfig and AutoModelForCausalLM know hybrids."""
     AutoConfig.register(SsmorphConfig.model_type, SsmorphConfig, exist_ok=True)
     AutoModelForCausalLM.register(SsmorphConfig, SsmorphForCausalLM, exist_ok=True)
-
-
-def attention_shape(config: Any) -> AttentionShape:
-    """Head geometry of a teacher's config; refuses unsupported families by name."""
-    family_of(config.model_type)
-    return AttentionShape.of(config)

@@ -1,15 +1,19 @@
 """Teacher and plan to hybrid student, by copying: C from Q, B from K, x from V, out from O. Nothing is trained.
 
 GQA repeats whole key/value head blocks. A q/k/v bias passes through the identity tap into the convolution's bias.
-The attention scale goes into C for `discrete_mamba2`; in `mamba2` the norm cancels it.
+The attention scale goes into C for `discrete_mamba2`; in `mamba2` the norm cancels it. Norms of queries and keys become
+factors of their rows: no mixer divides by a token's own size.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .families import AttentionShape, FamilySpec
+from .families.spec import Projection, linear, norm_weight
 from .mixers import Mixer, MixerShape, make_mixer
 from .mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from .mixers.mamba2 import Mamba2Mixer
@@ -39,22 +43,30 @@ def expand_kv(weight: Tensor, attention: AttentionShape) -> Tensor:
 
 
 @torch.no_grad()
-def copy_attention(
-    attention: nn.Module, spec: FamilySpec, shape: AttentionShape, kind: str, layer: int, conv_kernel: int = 4
-) -> Mixer:
-    """A mixer that starts as the attention layer's copy, in the attention's dtype and on its device."""
-    query, key, value, out = (_linear(attention, name) for name in (spec.query, spec.key, spec.value, spec.out))
+def copy_attention(teacher: Any, spec: FamilySpec, layer: int, kind: str, conv_kernel: int = 4) -> Mixer:
+    """A mixer that starts as the copy of a layer's attention, in the attention's dtype and on its device.
+
+    Raises:
+        ValueError: weights that are quantised, or of other sizes than the config says.
+    """
+    attention, shape = spec.attention(teacher, layer), spec.shape(teacher.config)
+    parts, out = spec.projections(attention, teacher.config), linear(attention, spec.out)
+    query = folded(parts.query, attention, spec.query_norm, spec.unit_offset, shape.head_dim)
+    key = folded(parts.key, attention, spec.key_norm, spec.unit_offset, shape.head_dim)
     device, dtype = query.weight.device, query.weight.dtype
     mixer = make_mixer(kind, faithful_shape(shape, conv_kernel), layer).to(device=device, dtype=dtype)
     if isinstance(mixer, DiscreteMamba2Mixer):
         gate_rows(mixer).zero_()
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1
+    rows = [expand_kv(parts.value.weight, shape), expand_kv(key.weight, shape), query.weight]
+    conv_rows(mixer).copy_(torch.cat(rows))
     conv_bias(mixer).zero_()
-    rows = torch.cat([expand_kv(value.weight, shape), expand_kv(key.weight, shape), query.weight])
-    conv_rows(mixer).copy_(rows)
-    if query.bias is not None:
-        conv_bias(mixer).copy_(torch.cat([expand_kv(value.bias, shape), expand_kv(key.bias, shape), query.bias]))
+    biases = (parts.value.bias, key.bias, query.bias)
+    blocks = conv_bias(mixer).split([shape.heads * shape.head_dim] * 3)
+    for block, bias in zip(blocks, biases, strict=True):
+        if bias is not None:
+            block.copy_(bias if len(bias) == len(block) else expand_kv(bias, shape))
     mixer.out_proj.weight.copy_(out.weight)
     if out.bias is not None:
         mixer.out_proj.bias.copy_(out.bias)
@@ -66,10 +78,39 @@ def copy_attention(
     return mixer
 
 
-def _linear(attention: nn.Module, name: str) -> nn.Linear:
-    linear = attention.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
+def folded(part: Projection, attention: nn.Module, name: str | None, unit_offset: bool, head_dim: int) -> Projection:
+    """Rows of queries or keys with their norm made a factor: its weight, over the size that the rows alone suggest.
+
+    The size is what inputs of unit variance without correlations would have: the root mean square of a head's rows, or
+    of all rows where the norm spans all heads. Calibration fits each head's own factor to real inputs later.
+    """
+    norm = None if name is None else getattr(attention, name, None)
+    if norm is None:
+        return part
+    rows = part.weight.double().unflatten(0, (-1, head_dim))
+    bias = rows.new_zeros(rows.shape[:2]) if part.bias is None else part.bias.double().unflatten(0, (-1, head_dim))
+    weight, shift, centres, spans_all = _norm_of(norm, unit_offset, *rows.shape[:2])
+    if centres:
+        rows, bias = rows - rows.mean(1, keepdim=True), bias - bias.mean(1, keepdim=True)
+    square_H = rows.square().sum(-1).mean(1) + bias.square().mean(1)
+    size_H1 = (square_H.mean().expand_as(square_H) if spans_all else square_H).sqrt().clamp_min(1e-12)[:, None]
+    rows, bias = rows * (weight / size_H1)[..., None], bias * weight / size_H1 + shift
+    has_bias = part.bias is not None or bool(shift.any())
+    dtype = part.weight.dtype
+    return Projection(rows.flatten(0, 1).to(dtype), bias.flatten().to(dtype) if has_bias else None)
+
+
+def _norm_of(norm: nn.Module, unit_offset: bool, heads: int, width: int) -> tuple[Tensor, Tensor, bool, bool]:
+    """What a norm of queries or keys multiplies by and adds, [H, P]; whether it centres; whether it spans all heads."""
+    # StableLM has a LayerNorm of its own for each head
+    each = getattr(norm, "norms", None)
+    norms = list(each) if isinstance(each, nn.ModuleList) else [norm]
+    weight = torch.cat([norm_weight(n, unit_offset) for n in norms])
+    biases = [getattr(n, "bias", None) for n in norms]
+    shift = torch.cat([torch.zeros_like(weight) if b is None else b.double() for b in biases])
+    spans_all = len(norms) == 1 and weight.numel() == heads * width and heads > 1
+    weight, shift = (t.view(-1, width).expand(heads, width) for t in (weight, shift))
+    return weight, shift, isinstance(norms[0], nn.LayerNorm), spans_all
 
 
 def conv_bias(mixer: Mixer) -> Tensor:

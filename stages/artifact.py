@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ssmorph.convert.families import AttentionShape, FamilySpec
+from ssmorph.convert.families import FamilySpec
 from ssmorph.convert.mixers import Mixer, MixerShape, make_mixer
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import copy_attention
@@ -64,10 +64,8 @@ def copied_student(
     teacher: Any, spec: FamilySpec, layers: tuple[int, ...], kind: str, conv_kernel: int, seed: int, own_rest: bool
 ) -> Any:
     """Surgery: the teacher with copied mixers in `layers`. The seed draws the stock gate, which attention has not."""
-    shape = AttentionShape.of(teacher.config)
-    blocks = spec.decoder_layers(teacher)
     torch.manual_seed(seed)
-    mixers = {i: copy_attention(blocks[i].get_submodule(spec.mixer), spec, shape, kind, i, conv_kernel) for i in layers}
+    mixers = {i: copy_attention(teacher, spec, i, kind, conv_kernel) for i in layers}
     return assemble(teacher, mixers, own_rest)
 
 

@@ -49,8 +49,12 @@ def windowed(model: Any, spec: FamilySpec, layers: list[int], tokens: int, sinks
 
     def narrow(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
-        assert kwargs.get("attention_mask") is None, "the control is defined for unpadded windows"
-        return args, {**kwargs, "attention_mask": mask(hidden.shape[1], hidden.device)}
+        near, given = mask(hidden.shape[1], hidden.device), kwargs.get("attention_mask")
+        if given is not None and given.dtype != torch.bool:
+            near = given.masked_fill(~near, torch.finfo(given.dtype).min)
+        elif given is not None:
+            near = given & near
+        return args, {**kwargs, "attention_mask": near}
 
     with _hooks(model, spec, layers, lambda mixer: mixer.register_forward_pre_hook(narrow, with_kwargs=True)):
         yield

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from ssmorph.convert.cache import MixerCacheLayer
-from ssmorph.convert.families import AttentionShape
+from ssmorph.convert.families import attention_shape
 from ssmorph.convert.mixers import Mixer
 
 
@@ -32,7 +32,7 @@ def decode_speed(model: Any, context: int, steps: int = 8) -> dict[str, float]:
 def filled_cache(model: Any, context: int) -> DynamicCache:
     """A cache as it is after `context` tokens: random keys, values and states of the right sizes."""
     config = model.config.get_text_config()
-    shape = AttentionShape.of(config)
+    shape = attention_shape(config)
     mixers: dict[int, Mixer] = model.mixers() if hasattr(model, "mixers") else {}
     cache = DynamicCache(config=config)
     generator = torch.Generator().manual_seed(0)

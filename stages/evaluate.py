@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmorph.convert.families import AttentionShape, FamilySpec
+from ssmorph.convert.families import FamilySpec, attention_shape
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import copy_attention
 
@@ -119,18 +119,13 @@ def heldout_sets(data: PackedData, length: int, suite: Suite) -> list[tuple[str,
 
 def _window(teacher: Any, hybrid: Any) -> int:
     mixer = next(iter(hybrid.mixers().values()))
-    return equal_window(mixer.shape, AttentionShape.of(teacher.config), teacher.dtype)
+    return equal_window(mixer.shape, attention_shape(teacher.config), teacher.dtype)
 
 
 def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, layers: list[int], seed: int) -> list[Candidate]:
-    shape = AttentionShape.of(teacher.config)
-    blocks = spec.decoder_layers(teacher)
     mixers = hybrid.mixers()
     torch.manual_seed(seed)
-    copies = {
-        i: copy_attention(blocks[i].get_submodule(spec.mixer), spec, shape, m.kind, i, m.shape.conv_kernel)
-        for i, m in mixers.items()
-    }
+    copies = {i: copy_attention(teacher, spec, i, m.kind, m.shape.conv_kernel) for i, m in mixers.items()}
     tokens = _window(teacher, hybrid)
     return [
         Candidate("copy", hybrid_of(teacher, copies, "control")),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmorph.convert.capture import captured, run_layer
+from ssmorph.convert.capture import OWN, captured, run_layer
 
 from .config import HiddenStage
 from .context import Context
@@ -83,7 +83,7 @@ def _layer_states(
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            passed = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
+            passed = {k: v for k, v in kwargs.items() if k not in OWN}
             seen[index] = (
                 args[0] if args else kwargs["hidden_states"],
                 output[0] if isinstance(output, tuple) else output,

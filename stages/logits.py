@@ -30,12 +30,8 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
             taught_TD = teacher.base_model(tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         with _outputs(ctx, student, stage.layer_weight > 0) as own:
             own_TD = student.base_model(tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        loss = distill_loss(
-            own_TD, student.get_output_embeddings().weight, taught_TD, teacher.get_output_embeddings().weight,
-            loss=stage.loss, temperature=stage.temperature, beta=stage.jsd_beta,
-            labels_T=tokens_BL[:, 1:].flatten() if stage.ce_weight else None, ce_weight=stage.ce_weight,
-            mask_T=batch.loss_mask_BL[:, 1:].flatten(),
-        )  # fmt: skip
+        labels_T, mask_T = tokens_BL[:, 1:].flatten(), batch.loss_mask_BL[:, 1:].flatten()
+        loss = divergence(ctx, stage, own_TD, taught_TD, labels_T, mask_T)
         if stage.layer_weight:
             loss = loss + stage.layer_weight * _layer_term(own, taught)
         loss.backward()
@@ -47,6 +43,21 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
         if stage.gradient_checkpointing:
             student.activation_checkpointing_disable()
             student.eval()
+
+
+def divergence(
+    ctx: Context, stage: LogitsStage, own_TD: Tensor, taught_TD: Tensor, labels_T: Tensor, mask_T: Tensor
+) -> Tensor:
+    """The stage's loss from final hidden states, with both models' heads as their family computes logits."""
+    own, taught = ctx.student.get_output_embeddings(), ctx.teacher.get_output_embeddings()
+    scale, softcap = ctx.spec.logits(ctx.teacher.config)
+    return distill_loss(
+        own_TD, own.weight, taught_TD, taught.weight,
+        loss=stage.loss, temperature=stage.temperature, beta=stage.jsd_beta,
+        labels_T=labels_T if stage.ce_weight else None, ce_weight=stage.ce_weight, mask_T=mask_T,
+        student_bias_V=own.bias, teacher_bias_V=taught.bias, student_scale=scale, teacher_scale=scale,
+        student_softcap=softcap, teacher_softcap=softcap,
+    )  # fmt: skip
 
 
 def _layer_term(own: dict[int, Tensor], taught: dict[int, Tensor]) -> Tensor:

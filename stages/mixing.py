@@ -33,9 +33,10 @@ def align_matrices(mixers: dict[int, Mixer], calls: dict[int, MixerCall], kind: 
         s = mixer.scan_inputs(call.input_BLD)
         assert call.attended is not None
         q_BLHP, k_BLGP = call.attended.q_BHLP.transpose(1, 2), call.attended.k_BGLP.transpose(1, 2)
+        a = call.attended
         loss = mixing_loss(
-            s.C_BLGN, s.B_BLGN, s.log_a_BLH, q_BLHP, k_BLGP,
-            w_BLH=s.w_BLH, D_H=s.D_H, scale=call.attended.scale, loss=kind,
+            s.C_BLGN, s.B_BLGN, s.log_a_BLH, q_BLHP, k_BLGP, w_BLH=s.w_BLH, D_H=s.D_H, scale=a.scale, window=a.window,
+            softcap=a.softcap, sinks_H=a.sinks_H, valid_BL=a.valid_BL, loss=kind,
         )  # fmt: skip
         loss.backward()
         losses[layer] = loss.item()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ssmorph.convert.families import AttentionShape, family_of
+from ssmorph.convert.families import attention_shape, family_of
 from ssmorph.convert.plan import resolve_layers
 from ssmorph.convert.teachers import load_config, load_teacher
 
@@ -66,7 +66,7 @@ def convert(
     names = config.stage_names()
     last = _stage_named(names, until) if until else len(names) - 1
     first = _stage_named(names, start) if start else len(names)
-    shape = AttentionShape.of(
+    shape = attention_shape(
         load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
     )
     layers = resolve_layers(config.student.layers, shape.layers)
@@ -153,7 +153,7 @@ def _prepare(config: RunConfig, run: RunDir, stop: Any, log: Callable[[str], Non
     data = open_or_pack(config.data, tokenizer, run.path / "data", log)
     tracker = make_tracker(config.tracker, run.path, as_dict(config))
     teacher.requires_grad_(False)
-    return Context(config=config, run=run, teacher=teacher, student=None, spec=family_of(teacher.config.model_type),
+    return Context(config=config, run=run, teacher=teacher, student=None, spec=family_of(teacher.config),
                   data=data, stop=stop, say=log, tracker=tracker, tokenizer=tokenizer)  # fmt: skip
 
 

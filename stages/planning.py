@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ssmorph.convert.families import AttentionShape, family_of
+from ssmorph.convert.families import AttentionShape, attention_shape, family_of
 from ssmorph.convert.plan import attention_parameters, cache_bytes, kv_bytes_per_token, mixer_parameters, resolve_layers
 from ssmorph.convert.surgery import faithful_shape
 from ssmorph.convert.teachers import load_config
@@ -30,7 +30,7 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
         ValueError: an unsupported family, head counts that do not divide, a layer out of range.
     """
     teacher = load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
-    attention = AttentionShape.of(teacher)
+    attention = attention_shape(teacher)
     layers = resolve_layers(config.student.layers, attention.layers)
     shape = faithful_shape(attention, config.student.conv_kernel)
     kept = attention_parameters(
@@ -49,7 +49,7 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
         row = {"layer": i, "becomes": config.student.mixer if converted else "attention (kept)"}
         row |= {"parameters": made if converted else kept, "cache_bytes_per_token": 0 if converted else per_token}
         table.append(row | {"cache_bytes_fixed": fixed if converted else 0})
-    spec = family_of(teacher.model_type)
+    spec = family_of(teacher)
     return {
         "teacher": config.teacher.source,
         "family": teacher.model_type,
@@ -59,7 +59,7 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
         "smaller_from_tokens": math.ceil(fixed / per_token),
         "keeps": ["MLPs, norms, embeddings and their tying", "q/k/v biases, exactly, as the convolution's bias"],
         "loses": ["RoPE in converted layers", "the softmax in converted layers"],
-        "stock_export_fits": spec.stock_export if config.student.mixer == "mamba2" else None,
+        "stock_export_fits": spec.stock_export(teacher) if config.student.mixer == "mamba2" else None,
         "estimate": _estimate(config, teacher, attention, len(layers), made, kept),
     }
 

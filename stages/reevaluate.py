@@ -30,7 +30,7 @@ def reevaluate(folder: Path, suite: str, tokens: int | None, say: Callable[[str]
         teacher, tokenizer = load_teacher(t.source, t.revision, t.trust_remote_code, config.device)
         student = load_student(folder / config.stage_names()[-1] / "student", teacher, own_rest=False)
         data = open_or_pack(config.data, tokenizer, folder / "data", say)
-        measured = evaluate(teacher, student, family_of(teacher.config.model_type), data, tokenizer,
+        measured = evaluate(teacher, student, family_of(teacher.config), data, tokenizer,
                             suite_named(suite, tokens or config.evaluate.tokens, config.data.window),
                             controls=config.evaluate.controls, seed=config.seed, say=say)  # fmt: skip
         run.write_json(f"report-{suite}.json", measured)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from ssmorph.convert.families import FAMILIES, AttentionShape
+from ssmorph.convert.families import family_of
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import copy_attention
 from ssmorph.convert.tiny import strengthen, tiny_config
@@ -22,10 +22,9 @@ def tiny_teacher(**changes: Any) -> Any:
 def tiny_hybrid(kind: str = "mamba2", layers: tuple[int, ...] = (1, 3), teacher: Any = None) -> Any:
     """A hybrid whose every tap, gate, decay and skip is drawn at random, and whose state demonstrably matters."""
     teacher = teacher or tiny_teacher()
-    family, shape = FAMILIES["llama"], AttentionShape.of(teacher.config)
-    blocks = family.decoder_layers(teacher)
+    family = family_of(teacher.config)
     torch.manual_seed(0)
-    mixers = {i: copy_attention(blocks[i].get_submodule(family.mixer), family, shape, kind, i) for i in layers}
+    mixers = {i: copy_attention(teacher, family, i, kind) for i in layers}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for mixer in mixers.values():

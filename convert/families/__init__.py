@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...errors import fail, nearest
+from .falcon import FALCON
+from .gemma import GEMMA2, GEMMA3
+from .gpt_neox import GPT_NEOX
+from .granite import GRANITE
 from .llama import LLAMA
+from .mistral import MISTRAL
+from .olmo2 import OLMO2
+from .phi import PHI
+from .phi3 import PHI3
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .smollm3 import SMOLLM3
 from .spec import AttentionShape, FamilySpec
 
-FAMILIES: dict[str, FamilySpec] = {word: spec for spec in (LLAMA,) for word in spec.model_types}
+SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, GEMMA2, GEMMA3, OLMO2, SMOLLM3, GPT_NEOX, FALCON, GRANITE)
+FAMILIES: dict[str, FamilySpec] = {word: spec for spec in SPECS for word in spec.model_types}
 
-__all__ = ["FAMILIES", "AttentionShape", "FamilySpec", "family_of"]
+__all__ = ["FAMILIES", "AttentionShape", "FamilySpec", "attention_shape", "family_of"]
 
 
-def family_of(model_type: str) -> FamilySpec:
-    """The family of a config's `model_type`.
+def family_of(config: Any) -> FamilySpec:
+    """The family of a teacher's config.
 
     Raises:
-        ValueError: a family that is not supported.
+        ValueError: a family that is not supported, or a config of a family that cannot be converted.
     """
-    if model_type not in FAMILIES:
-        raise fail(
-            "teacher.config.model_type", "must be a supported family", repr(model_type), nearest(model_type, FAMILIES)
-        )
-    return FAMILIES[model_type]
+    if config.model_type not in FAMILIES:
+        do = nearest(config.model_type, FAMILIES)
+        raise fail("teacher.config.model_type", "must be a supported family", repr(config.model_type), do)
+    spec = FAMILIES[config.model_type]
+    refusal = spec.refuses(config)
+    if refusal is not None:
+        raise fail("teacher.config", *refusal)
+    return spec
+
+
+def attention_shape(config: Any) -> AttentionShape:
+    """Head geometry of a teacher's config.
+
+    Raises:
+        ValueError: as `family_of`, and head counts that do not divide.
+    """
+    return family_of(config).shape(config)

@@ -94,11 +94,15 @@ class Mixer(nn.Module, ABC):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """[B, L, D] to ([B, L, D], None): the pair a self-attention returns, without attention weights."""
+        """[B, L, D] to ([B, L, D], None): the pair a self-attention returns, without attention weights.
+
+        `layer_past` is what some families call the cache.
+        """
         valid_BL = padding_mask(attention_mask, hidden_states.shape[1])
-        cache = cache_layer(past_key_values, self.layer_idx)
+        cache = cache_layer(layer_past if past_key_values is None else past_key_values, self.layer_idx)
         features_BLE = self.features(hidden_states, valid_BL, segments(position_ids), cache)
         return self.out_proj(features_BLE), None
 

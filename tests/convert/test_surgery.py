@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssmorph.convert.capture import attention_rows, captured
-from ssmorph.convert.families import FAMILIES, AttentionShape
+from ssmorph.convert.families import FAMILIES, attention_shape
 from ssmorph.convert.linearise import inverse_silu, scale_scan
 from ssmorph.convert.mixers.mamba2 import Mamba2Mixer
 from ssmorph.convert.plan import attention_parameters, mixer_parameters, resolve_layers
@@ -19,12 +19,11 @@ LLAMA = FAMILIES["llama"]
 
 
 def copied(teacher: Any, kind: str, layer: int = 1) -> Any:
-    shape = AttentionShape.of(teacher.config)
-    return copy_attention(teacher.model.layers[layer].self_attn, LLAMA, shape, kind, layer)
+    return copy_attention(teacher, LLAMA, layer, kind)
 
 
 def test_expanding_repeats_blocks_not_rows() -> None:
-    shape = AttentionShape.of(tiny_teacher().config)
+    shape = attention_shape(tiny_teacher().config)
     rows = torch.arange(shape.kv_heads * shape.head_dim)
     expanded = expand_kv(rows, shape).view(shape.heads, shape.head_dim)
     for head in range(shape.heads):
@@ -119,7 +118,7 @@ def test_captured_attention_is_the_eager_attention() -> None:
 @pytest.mark.parametrize("kind", ["mamba2", "discrete_mamba2"])
 def test_planned_parameters_are_the_real_ones(kind: str) -> None:
     teacher = tiny_teacher(attention_bias=True)
-    shape = AttentionShape.of(teacher.config)
+    shape = attention_shape(teacher.config)
     mixer = copied(teacher, kind)
     assert mixer_parameters(kind, faithful_shape(shape, 4)) == sum(p.numel() for p in mixer.parameters())
     attention = teacher.model.layers[0].self_attn
@@ -147,6 +146,6 @@ def test_bias_reaches_values_through_the_convolution() -> None:
     mixer = copied(teacher, "discrete_mamba2")
     zero = mixer.scan_inputs(torch.zeros(1, 1, 48))
     attention = teacher.model.layers[1].self_attn
-    expected = expand_kv(attention.v_proj.bias, AttentionShape.of(teacher.config)).view(6, 8)
+    expected = expand_kv(attention.v_proj.bias, attention_shape(teacher.config)).view(6, 8)
     assert torch.allclose(zero.x_BLHP[0, 0], expected)
     assert expected.abs().max() > 0.1
