@@ -93,7 +93,7 @@ def bundle(sources: dict[str, str], roots: tuple[str, ...]) -> str:
             waiting += defined[name].mentions | defined[name].defines
     kept = [s for s in statements if s.defines & reached]
     imports = sorted({s.text for s in kept if s.is_import}, key=_import_order)
-    text = "\n".join([HEADER, *imports, "\n", "\n\n\n".join(_sections(kept)), ""])
+    text = "\n".join([HEADER, *imports, "\n", "\n\n\n".join(_sections(kept, sources)), ""])
     check(text)
     return text
 
@@ -118,7 +118,7 @@ def _source(module: str) -> str:
 
 
 def _statements(module: str, text: str) -> Iterator[Statement]:
-    """What may be moved; docstrings of modules and imports of ours are left behind."""
+    """What may be moved; imports of ours are left behind."""
     lines = text.splitlines()
     for node in ast.parse(text).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -169,13 +169,18 @@ def _import_order(text: str) -> tuple[bool, str]:
     return text.split()[1].split(".")[0] in {"torch", "transformers"}, text
 
 
-def _sections(kept: list[Statement]) -> Iterator[str]:
-    """The statements, each module's under its name."""
+def _sections(kept: list[Statement], sources: dict[str, str]) -> Iterator[str]:
+    """The statements, each module's under its name and what its docstring says, as comments."""
     last = ""
     for s in kept:
-        if not s.is_import:
-            yield s.text if s.module == last else f"# --- {s.module} ---\n\n{s.text}"
+        if s.is_import:
+            continue
+        if s.module != last:
+            said = ast.get_docstring(ast.parse(sources[s.module])) or ""
+            lines = [f"--- {s.module} ---", "", *said.splitlines()]
+            yield "\n".join(f"# {line}".rstrip() for line in lines)
             last = s.module
+        yield s.text
 
 
 def _globals(table: symtable.SymbolTable) -> Iterator[str]:

@@ -103,5 +103,6 @@ def test_only_what_is_reached_is_taken() -> None:
     assert "# why\nSIZE = 1" in text
     assert "@helper\ndef root" in text
     assert "import torch\n" in text
-    for left_out in ("math", "other", "Doc."):
+    assert "# --- ssmorph.b ---\n#\n# Doc.\n" in text
+    for left_out in ("math", "other"):
         assert left_out not in text
