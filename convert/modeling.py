@@ -8,6 +8,7 @@ The model type is always ours: saved under the teacher's, a hybrid would reload 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import fail
+from .bundle import write_bundle
 from .families import family_of
 from .mixers import Mixer, MixerShape, make_mixer
 from .mixers.mamba2 import GatedNorm
@@ -55,6 +57,17 @@ class SsmorphConfig(PreTrainedConfig):
         if name.startswith("_") or teacher is None or isinstance(teacher, dict):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(teacher, name)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes config.json, and beside it the code that loads a hybrid without this package.
+
+        A model saves its config by this, so whatever is saved or pushed can be loaded with trust_remote_code.
+        """
+        folder = Path(save_directory)
+        assert not folder.is_file(), f"{folder} is a file"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.auto_map = write_bundle(folder)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def vocab_size(self) -> int:

@@ -24,7 +24,8 @@ def model_card(config: RunConfig, report: dict[str, Any] | None, data: PackedDat
         f"Converted by ssmorph: layers {plan['layers']} are `{plan['mixer']}`, the others keep their attention.",
         f"Trained on {trained} tokens in windows of {config.data.window}, seed {config.seed}.", "",
         "```python", "import ssmorph.hf", "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'model = AutoModelForCausalLM.from_pretrained("this folder")', "```", "", "## Data", "",
+        'model = AutoModelForCausalLM.from_pretrained("this folder")', "```", "",
+        "Without ssmorph, slower: leave out the first line and pass `trust_remote_code=True`.", "", "## Data", "",
     ]  # fmt: skip
     lines += [
         f"- {p['source']}: {p['documents']} documents, {p['bytes']} bytes, {p['licence']}" for p in data.provenance

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # elements of a block on a CPU: 512 KiB in float32
-BLOCK = 2**17
+CONV_BLOCK = 2**17
 
 
 def conv_chunked(
@@ -55,7 +55,7 @@ class _Inputs:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First token and end of each block."""
         batch, length, channels = self.x.shape
-        size = max(16, BLOCK // max(1, batch * channels)) if self.x.device.type == "cpu" else max(1, length)
+        size = max(16, CONV_BLOCK // max(1, batch * channels)) if self.x.device.type == "cpu" else max(1, length)
         return ((first, min(first + size, length)) for first in range(0, length, size))
 
     def window(self, first: int, end: int) -> Tensor:

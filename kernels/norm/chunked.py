@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # elements of a block on a CPU: 1 MiB in float32
-BLOCK = 2**18
+NORM_BLOCK = 2**18
 
 
 def norm_chunked(y_BLE: Tensor, gate_BLE: Tensor | None, weight_E: Tensor, groups: int, eps: float) -> Tensor:
@@ -30,7 +30,7 @@ def norm_chunked(y_BLE: Tensor, gate_BLE: Tensor | None, weight_E: Tensor, group
 
 def _blocks(y_RGW: Tensor) -> Iterator[slice]:
     rows, groups, width = y_RGW.shape
-    size = max(1, BLOCK // (groups * width)) if y_RGW.device.type == "cpu" else max(1, rows)
+    size = max(1, NORM_BLOCK // (groups * width)) if y_RGW.device.type == "cpu" else max(1, rows)
     return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
 
 

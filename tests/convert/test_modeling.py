@@ -150,7 +150,7 @@ def test_push_to_hub_writes_what_save_writes(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("transformers.utils.hub.PushToHubMixin._upload_modified_files", upload)
     student.push_to_hub("me/x")
     student.save_pretrained(tmp_path)
-    assert {"config.json", "model.safetensors"} <= set(seen["files"])
+    assert {"config.json", "model.safetensors", "modeling_ssmorph.py"} <= set(seen["files"])
     assert {p.name for p in tmp_path.iterdir()} <= set(seen["files"])
 
 

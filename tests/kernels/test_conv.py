@@ -97,10 +97,10 @@ def test_reference(case: dict[str, Any]) -> None:
     assert_close(with_gradients(causal_conv, tensors, **options, backend="reference"), expected, 1e-13)
 
 
-@pytest.mark.parametrize("block", [chunked.BLOCK, 1], ids=["one-block", "blocks-of-16"])
+@pytest.mark.parametrize("block", [chunked.CONV_BLOCK, 1], ids=["one-block", "blocks-of-16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_chunked(case: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
-    monkeypatch.setattr(chunked, "BLOCK", block)
+    monkeypatch.setattr(chunked, "CONV_BLOCK", block)
     tensors, options = inputs(**case)
     expected = with_gradients(causal_conv, tensors, **options, backend="reference")
     assert_close(with_gradients(causal_conv, tensors, **options, backend="chunked"), expected, 1e-12)

@@ -48,10 +48,10 @@ def test_reference_is_per_group() -> None:
         assert torch.allclose(own, expected)
 
 
-@pytest.mark.parametrize("block", [chunked.BLOCK, 1], ids=["one-block", "row-by-row"])
+@pytest.mark.parametrize("block", [chunked.NORM_BLOCK, 1], ids=["one-block", "row-by-row"])
 @pytest.mark.parametrize("case", [c for c in CASES.values() if c["length"]], ids=[n for n in CASES if n != "no-rows"])
 def test_chunked(case: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
-    monkeypatch.setattr(chunked, "BLOCK", block)
+    monkeypatch.setattr(chunked, "NORM_BLOCK", block)
     tensors, options = inputs(**case)
     expected = with_gradients(norm, tensors, **options, backend="reference")
     assert_close(with_gradients(norm, tensors, **options, backend="chunked"), expected, 1e-12)

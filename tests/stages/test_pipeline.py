@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -267,25 +268,27 @@ def test_the_loss_of_chat_data_counts_answers_alone(tmp_path: Path, monkeypatch:
     assert losses(run)[1] > 0
 
 
-def test_final_loads_and_generates_in_a_fresh_process(whole: Path) -> None:
+def test_final_loads_and_generates_in_a_fresh_process(whole: Path, tmp_path: Path) -> None:
     names = {p.name for p in (whole / "final").iterdir()}
     assert {"README.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     card = (whole / "final" / "README.md").read_text()
     assert "tiny-random-llama" in card
     assert "import ssmorph.hf" in card
-    code = (
-        "import ssmorph.hf, sys, torch\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "tokens = tokenizer('The class', return_tensors='pt').input_ids\n"
-        "out = model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=258)\n"
-        "print(sorted(model.mixers()), out.shape[1] - tokens.shape[1] > 0, model.generation_config.eos_token_id)\n"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(whole / "final")], capture_output=True,
-                          text=True, timeout=120, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[1, 3] True 257"
+    for first, options in (("import ssmorph.hf", ""), ("sys.modules['ssmorph'] = None", ", trust_remote_code=True")):
+        code = (
+            f"import sys, torch\n{first}\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f"model = AutoModelForCausalLM.from_pretrained(sys.argv[1]{options})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained(sys.argv[1]{options})\n"
+            "tokens = tokenizer('The class', return_tensors='pt').input_ids\n"
+            "out = model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=258)\n"
+            "print(sorted(model.mixers()), out.shape[1] - tokens.shape[1] > 0, model.generation_config.eos_token_id)\n"
+        )
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(whole / "final")], capture_output=True,
+                              text=True, timeout=120, check=False,
+                              env={**os.environ, "HF_MODULES_CACHE": str(tmp_path)})  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == "[1, 3] True 257"
 
 
 def test_the_run_keeps_its_recipe_and_environment(whole: Path) -> None:
