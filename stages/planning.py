@@ -17,6 +17,7 @@ from ssmorph.convert.families import AttentionShape, attention_shape, family_of
 from ssmorph.convert.plan import attention_parameters, cache_bytes, kv_bytes_per_token, mixer_parameters, resolve_layers
 from ssmorph.convert.surgery import faithful_shape
 from ssmorph.convert.teachers import load_config
+from ssmorph.convert.treatment import name_layers, treatments
 
 from .config import CalibrateStage, RunConfig, TrainStage
 
@@ -24,13 +25,16 @@ FLOAT32 = 4
 
 
 def plan_of(config: RunConfig) -> dict[str, Any]:
-    """Layer table, parameters, bytes of cache, crossover length, time and memory; plain numbers.
+    """Layer table, parameters, bytes of cache, crossover length, what is kept and lost, time and memory; plain values.
+
+    `cache_tokens` is where a layer's cache stops growing, its sliding window; None for never. `never_smaller` are the
+    converted layers whose attention had a window so short that its cache stays below the mixer's.
 
     Raises:
         ValueError: an unsupported family, head counts that do not divide, a layer out of range.
     """
     teacher = load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
-    attention = attention_shape(teacher)
+    spec, attention = family_of(teacher), attention_shape(teacher)
     layers = resolve_layers(config.student.layers, attention.layers)
     shape = faithful_shape(attention, config.student.conv_kernel)
     kept = attention_parameters(
@@ -48,17 +52,18 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
         converted = i in layers
         row = {"layer": i, "becomes": config.student.mixer if converted else "attention (kept)"}
         row |= {"parameters": made if converted else kept, "cache_bytes_per_token": 0 if converted else per_token}
+        row |= {"cache_tokens": None if converted else spec.window(teacher, i)}
         table.append(row | {"cache_bytes_fixed": fixed if converted else 0})
-    spec = family_of(teacher)
+    crossover = math.ceil(fixed / per_token)
     return {
         "teacher": config.teacher.source,
         "family": teacher.model_type,
         "layers": table,
         "converted": list(layers),
         "parameters_added": len(layers) * (made - kept),
-        "smaller_from_tokens": math.ceil(fixed / per_token),
-        "keeps": ["MLPs, norms, embeddings and their tying", "q/k/v biases, exactly, as the convolution's bias"],
-        "loses": ["RoPE in converted layers", "the softmax in converted layers"],
+        "smaller_from_tokens": crossover,
+        "never_smaller": [i for i in layers if (spec.window(teacher, i) or crossover) < crossover],
+        "treatment": [row._asdict() for row in treatments(spec, teacher, layers, config.student.mixer)],
         "stock_export_fits": spec.stock_export(teacher) if config.student.mixer == "mamba2" else None,
         "estimate": _estimate(config, teacher, attention, len(layers), made, kept),
     }
@@ -104,20 +109,29 @@ def _matmul_speed() -> float:
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """The plan as a table on the terminal."""
+    """The plan on the terminal: a table of the layers, one of what becomes of the teacher's features, the estimate."""
     console = Console()
     table = Table(title=f"{plan['teacher']} ({plan['family']}), cache in float32")
     for column in ("layer", "becomes", "parameters", "cache per token", "cache fixed"):
         table.add_column(column, justify="left" if column == "becomes" else "right")
     for row in plan["layers"]:
-        cells = [str(row["layer"]), row["becomes"], f"{row['parameters']:,}", f"{row['cache_bytes_per_token']:,} B"]
+        window = f" up to {row['cache_tokens']:,}" if row["cache_tokens"] is not None else ""
+        per_token = f"{row['cache_bytes_per_token']:,} B{window}"
+        cells = [str(row["layer"]), row["becomes"], f"{row['parameters']:,}", per_token]
         table.add_row(*cells, f"{row['cache_bytes_fixed']:,} B")
     console.print(table)
     console.print(f"{len(plan['converted'])} layers converted, {plan['parameters_added']:+,} parameters.")
     console.print(
         f"From {plan['smaller_from_tokens']} tokens of context on, a converted layer's cache is the smaller one."
     )
-    console.print(f"Keeps: {'; '.join(plan['keeps'])}. Loses: {'; '.join(plan['loses'])}.")
+    if plan["never_smaller"]:
+        console.print(
+            f"Not in {name_layers(plan['never_smaller'])}: the sliding window keeps attention's cache smaller."
+        )
+    features = Table("feature", "is", "how", title="What becomes of the teacher")
+    for row in plan["treatment"]:
+        features.add_row(row["feature"], row["treatment"], row["note"])
+    console.print(features)
     console.print(
         f"Stock architecture it would fit: {plan['stock_export_fits'] or 'none'} (export itself is not built yet)."
     )
