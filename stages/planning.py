@@ -50,7 +50,7 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
     table = []
     for i in range(attention.layers):
         converted = i in layers
-        row = {"layer": i, "becomes": config.student.mixer if converted else "attention (kept)"}
+        row: dict[str, Any] = {"layer": i, "becomes": config.student.mixer if converted else "attention (kept)"}
         row |= {"parameters": made if converted else kept, "cache_bytes_per_token": 0 if converted else per_token}
         row |= {"cache_tokens": None if converted else spec.window(teacher, i)}
         table.append(row | {"cache_bytes_fixed": fixed if converted else 0})
