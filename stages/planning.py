@@ -19,7 +19,7 @@ from ssmorph.convert.surgery import faithful_shape
 from ssmorph.convert.teachers import load_config
 from ssmorph.convert.treatment import name_layers, treatments
 
-from .config import CalibrateStage, RunConfig, TrainStage
+from .config import CalibrateStage, LogitsStage, RunConfig, TrainStage
 
 FLOAT32 = 4
 
@@ -85,15 +85,32 @@ def _estimate(
         stages[name] = {"tokens": tokens, "minutes": round(tokens * flops.get(stage.kind, 0) / speed / 60, 1)}
     parameters = body + head + converted * (made - kept)
     trained = converted * made
-    # kept weights once, gradients and AdamW's two moments of the mixers, activations of two windows
-    activations = 2 * config.data.window * attention.layers * 30 * width
+    # weights, gradients and AdamW's two moments of what is trained
+    held = body + head + 4 * trained + _activations(config, attention.layers, width)
+    if any(isinstance(stage, TrainStage) and stage.optim.rest_lr for stage in config.stages):
+        held += 4 * (parameters - trained)
     return {
         "stages": stages,
         "minutes": round(sum(s["minutes"] for s in stages.values()), 1),
         "matmul_gflops": round(speed / 1e9, 1),
         "parameters": parameters,
-        "memory_gib": round(FLOAT32 * (body + head + 4 * trained + activations) / 2**30, 1),
+        "memory_gib": round(FLOAT32 * held / 2**30, 1),
     }
+
+
+def _activations(config: RunConfig, layers: int, width: int) -> int:
+    """Numbers that the largest stage holds besides weights: calibration all its tokens, training what goes backward."""
+    tokens = [0]
+    for stage in config.stages:
+        if isinstance(stage, CalibrateStage):
+            # hidden states of both models, before and after a layer, and the inputs, heads and outputs of its attention
+            tokens.append(7 * stage.tokens)
+        elif isinstance(stage, TrainStage):
+            # about 30 widths a layer; checkpoints hold its input alone; a window more for the teacher's pass
+            checkpointed = isinstance(stage, LogitsStage) and stage.gradient_checkpointing
+            held = layers + 30 if checkpointed else 30 * layers
+            tokens.append((stage.batch + 1) * config.data.window * held)
+    return max(tokens) * width
 
 
 def _matmul_speed() -> float:
@@ -139,5 +156,6 @@ def print_plan(plan: dict[str, Any]) -> None:
     for name, stage in estimate["stages"].items():
         console.print(f"  {name:14} {stage['tokens']:>9,} tokens  about {stage['minutes']} min here")
     console.print(
-        f"About {estimate['minutes']} min and {estimate['memory_gib']} GiB here ({estimate['matmul_gflops']} GFLOP/s)."
+        f"About {estimate['minutes']} min on the CPU here ({estimate['matmul_gflops']} GFLOP/s)"
+        f" and {estimate['memory_gib']} GiB in float32."
     )

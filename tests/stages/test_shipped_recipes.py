@@ -139,6 +139,23 @@ def test_shared_parts_are_no_recipes_and_are_used(base: Path) -> None:
     assert any(f"base: ../common/{base.name}" in recipe.read_text(encoding="utf-8") for recipe in NAMED)
 
 
+def test_recipes_for_one_gpu_fit_one_of_80_gb() -> None:
+    for recipe in (p for p in RECIPES if not p.stem.endswith("-laptop")):
+        _, config, found = plan(recipe)
+        assert config.device == "cuda"
+        assert found["estimate"]["memory_gib"] < 72, recipe.name
+
+
+def test_memory_grows_with_the_batch_and_with_what_is_trained() -> None:
+    recipe = CONFIGS / "smollm2" / "360m-laptop.yaml"
+    logits = "stages.logits."
+    changes = ("", f"{logits}gradient_checkpointing=true", f"{logits}batch=4", f"{logits}optim.rest_lr=1e-4")
+    plans = [plan(recipe, *[change for change in (change,) if change])[2] for change in changes]
+    once, checkpointed, batched, whole = (found["estimate"]["memory_gib"] for found in plans)
+    assert checkpointed <= once < batched
+    assert whole > once + 4
+
+
 def test_laptop_recipes_need_no_gpu_and_fit() -> None:
     laptop = [p for p in RECIPES if p.stem.endswith("-laptop")]
     assert len(laptop) == 4
