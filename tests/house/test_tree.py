@@ -34,8 +34,9 @@ def test_folders_of_code_are_packages(room: str) -> None:
 
 
 def test_every_folder_of_tests_is_a_package() -> None:
-    missing = {folder for folder in folders(ROOT / "tests") if not (folder / "__init__.py").is_file()}
-    assert missing == set()
+    tests, data = ROOT / "tests", ROOT / "tests" / "data"
+    assert {f for f in folders(tests) - folders(data) if not (f / "__init__.py").is_file()} == set()
+    assert [f for f in ours(data) if f.suffix == ".py"] == []
 
 
 @pytest.mark.parametrize("room", ROOMS)

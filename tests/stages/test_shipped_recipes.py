@@ -1,0 +1,165 @@
+"""Every recipe that names a hub model, planned offline against that model's stored config.
+
+tests/data/configs holds the facts of each config.json that decide a plan, in the hub's own words; weights take no part.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from ssmorph.convert.plan import resolve_layers
+from ssmorph.errors import UserError
+from ssmorph.stages import planning
+from ssmorph.stages.config import RunConfig
+from ssmorph.stages.planning import plan_of, print_plan
+from ssmorph.stages.recipe import load_recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STORED = Path(__file__).parents[1] / "data" / "configs"
+COMMON = sorted((CONFIGS / "common").glob("*.yaml"))
+NAMED = sorted(p for p in CONFIGS.rglob("*.yaml") if p not in COMMON)
+# one slash: an id of the hub and no alias
+RECIPES = [p for p in NAMED if load_recipe(p).teacher.source.count("/") == 1]
+
+
+class Expected(NamedTuple):
+    """What a plan must find in a stored config, told apart from it: layers, parameters in millions, and features."""
+
+    family: str
+    layers: int
+    millions: float
+    features: frozenset[str] = frozenset()
+
+
+GROUPED = frozenset({"grouped heads"})
+NORMED = frozenset({"norm of queries and keys"})
+QKV = frozenset({"q/k/v biases"})
+BIASED = QKV | {"output bias"}
+WINDOW = frozenset({"sliding window"})
+SOMETIMES = GROUPED | NORMED | BIASED | WINDOW
+
+# published totals, less what a plan leaves out: a second table of embeddings where the head is not tied
+MODELS = {
+    "Llama-3.2-1B": Expected("llama", 16, 1236, GROUPED),
+    "Llama-3.2-3B": Expected("llama", 28, 3213, GROUPED),
+    "Llama-3.1-8B": Expected("llama", 32, 8030 - 525, GROUPED),
+    "Qwen2.5-0.5B": Expected("qwen2", 24, 494, GROUPED | QKV),
+    "Qwen2.5-1.5B": Expected("qwen2", 28, 1544, GROUPED | QKV),
+    "Qwen2.5-7B": Expected("qwen2", 28, 7616 - 545, GROUPED | QKV),
+    "Qwen3-0.6B": Expected("qwen3", 28, 596, GROUPED | NORMED),
+    "Qwen3-8B": Expected("qwen3", 36, 8191 - 622, GROUPED | NORMED),
+    "gemma-3-270m": Expected("gemma3_text", 18, 268, GROUPED | NORMED | WINDOW),
+    "gemma-3-1b-pt": Expected("gemma3_text", 26, 1000, GROUPED | NORMED | WINDOW),
+    "Mistral-7B-v0.3": Expected("mistral", 32, 7248 - 134, GROUPED),
+    "OLMo-2-0425-1B": Expected("olmo2", 16, 1485 - 206, NORMED),
+    "SmolLM2-135M": Expected("llama", 30, 134.5, GROUPED),
+    "SmolLM2-360M": Expected("llama", 32, 362, GROUPED),
+    "SmolLM2-1.7B": Expected("llama", 24, 1711),
+    # two matrices in an MLP
+    "phi-1_5": Expected("phi", 24, 1418 - 105, BIASED),
+    "phi-2": Expected("phi", 32, 2780 - 131, BIASED),
+    "pythia-410m": Expected("gpt_neox", 24, 405 - 51, BIASED),
+}
+TWO_MATRICES = {"phi", "gpt_neox"}
+
+
+@pytest.fixture(autouse=True)
+def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_matmul_speed", lambda: 1e12)
+
+
+def plan(recipe: Path, *overrides: str) -> tuple[str, RunConfig, dict[str, Any]]:
+    """The model's name, and recipe and plan with the folder of its stored config for a teacher."""
+    name = load_recipe(recipe).teacher.source.split("/")[1]
+    config = load_recipe(recipe, [f"teacher.source={STORED / name}", *overrides])
+    return name, config, plan_of(config)
+
+
+def test_every_stored_config_has_its_facts_and_a_recipe() -> None:
+    stored = {path.parent.name for path in STORED.glob("*/config.json")}
+    assert stored == MODELS.keys()
+    assert {load_recipe(recipe).teacher.source.split("/")[1] for recipe in RECIPES} == stored
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.relative_to(CONFIGS).as_posix())
+def test_recipes_are_planned_against_stored_configs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, config, found = plan(recipe)
+    model = MODELS[name]
+    assert (found["family"], len(found["layers"])) == (model.family, model.layers)
+    assert found["converted"] == list(resolve_layers(config.student.layers, model.layers))
+    assert 0 < len(found["converted"]) <= model.layers
+    becomes = [row["layer"] for row in found["layers"] if row["becomes"] == config.student.mixer]
+    assert becomes == found["converted"]
+    treatment = {row["feature"]: row["treatment"] for row in found["treatment"]}
+    assert treatment.keys() & SOMETIMES == model.features
+    assert treatment["RoPE"] == treatment["softmax"] == "dropped"
+    assert treatment["attention scale"] == ("exact" if config.student.mixer == "discrete_mamba2" else "dropped")
+    assert json.loads(json.dumps(found)) == found
+    print_plan(found)
+    assert "sliding window" in capsys.readouterr().out or "sliding window" not in treatment
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stored_configs_give_the_models_known_sizes(name: str) -> None:
+    recipe = next(p for p in RECIPES if load_recipe(p).teacher.source.endswith(f"/{name}"))
+    _, _, found = plan(recipe)
+    teacher = json.loads((STORED / name / "config.json").read_text())
+    parameters = found["estimate"]["parameters"] - found["parameters_added"]
+    if MODELS[name].family in TWO_MATRICES:
+        parameters -= teacher["num_hidden_layers"] * teacher["hidden_size"] * teacher["intermediate_size"]
+    assert parameters / 1e6 == pytest.approx(MODELS[name].millions, rel=0.005)
+
+
+def test_mohawks_hybrid_keeps_the_papers_four_layers() -> None:
+    _, config, found = plan(CONFIGS / "phi" / "phi-1.5-mohawk-hybrid.yaml")
+    assert sorted(set(range(24)) - set(found["converted"])) == [4, 10, 16, 22]
+    tokens = [stage["tokens"] for stage in found["estimate"]["stages"].values()]
+    assert tokens == [0, 80_000_000, 160_000_000, 2_760_000_000]
+    assert [getattr(stage, "loss", None) for stage in config.stages] == [None, "frobenius", "l2", "kl"]
+
+
+def test_windows_bound_the_cache_of_layers_that_slide() -> None:
+    _, _, found = plan(CONFIGS / "gemma3" / "270m-laptop.yaml", "student.layers=[0, 5]")
+    tokens = [row["cache_tokens"] for row in found["layers"]]
+    assert [i for i, seen in enumerate(tokens) if seen is None] == [0, 5, 11, 17]
+    assert {seen for seen in tokens if seen is not None} == {512}
+    # 4 heads of 256 x 256 numbers, against 512 tokens of one key and one value of 256
+    assert found["smaller_from_tokens"] > 512
+    assert found["never_smaller"] == [0]
+
+
+@pytest.mark.parametrize("base", COMMON, ids=lambda p: p.stem)
+def test_shared_parts_are_no_recipes_and_are_used(base: Path) -> None:
+    with pytest.raises(UserError, match="teacher: is required"):
+        load_recipe(base)
+    assert any(f"base: ../common/{base.name}" in recipe.read_text(encoding="utf-8") for recipe in NAMED)
+
+
+def test_recipes_for_one_gpu_fit_one_of_80_gb() -> None:
+    for recipe in (p for p in RECIPES if not p.stem.endswith("-laptop")):
+        _, config, found = plan(recipe)
+        assert config.device == "cuda"
+        assert found["estimate"]["memory_gib"] < 72, recipe.name
+
+
+def test_memory_grows_with_the_batch_and_with_what_is_trained() -> None:
+    recipe = CONFIGS / "smollm2" / "360m-laptop.yaml"
+    logits = "stages.logits."
+    changes = ("", f"{logits}gradient_checkpointing=true", f"{logits}batch=4", f"{logits}optim.rest_lr=1e-4")
+    plans = [plan(recipe, *[change for change in (change,) if change])[2] for change in changes]
+    once, checkpointed, batched, whole = (found["estimate"]["memory_gib"] for found in plans)
+    assert checkpointed <= once < batched
+    assert whole > once + 4
+
+
+def test_laptop_recipes_need_no_gpu_and_fit() -> None:
+    laptop = [p for p in RECIPES if p.stem.endswith("-laptop")]
+    assert len(laptop) == 4
+    for recipe in laptop:
+        _, config, found = plan(recipe)
+        assert config.device == "cpu"
+        assert found["estimate"]["memory_gib"] < 8
