@@ -16,6 +16,7 @@ from .phi import PHI
 from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .refuse import refusal
 from .smollm3 import SMOLLM3
 from .spec import AttentionShape, FamilySpec
 
@@ -31,14 +32,14 @@ def family_of(config: Any) -> FamilySpec:
     Raises:
         ValueError: a family that is not supported, or a config of a family that cannot be converted.
     """
+    refused = refusal(config)
+    if refused is not None:
+        key, rule, got, do = refused
+        raise fail(f"teacher.config.{key}", rule, got, do)
     if config.model_type not in FAMILIES:
         do = nearest(config.model_type, FAMILIES)
         raise fail("teacher.config.model_type", "must be a supported family", repr(config.model_type), do)
-    spec = FAMILIES[config.model_type]
-    refusal = spec.refuses(config)
-    if refusal is not None:
-        raise fail("teacher.config", *refusal)
-    return spec
+    return FAMILIES[config.model_type]
 
 
 def attention_shape(config: Any) -> AttentionShape:
