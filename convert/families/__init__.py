@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import fail, nearest
+from ...errors import fail
 from .falcon import FALCON
 from .gemma import GEMMA2, GEMMA3
 from .gpt_neox import GPT_NEOX
@@ -14,6 +14,7 @@ from .mistral import MISTRAL
 from .olmo2 import OLMO2
 from .phi import PHI
 from .phi3 import PHI3
+from .probe import probe
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .refuse import refusal
@@ -37,8 +38,7 @@ def family_of(config: Any) -> FamilySpec:
         key, rule, got, do = refused
         raise fail(f"teacher.config.{key}", rule, got, do)
     if config.model_type not in FAMILIES:
-        do = nearest(config.model_type, FAMILIES)
-        raise fail("teacher.config.model_type", "must be a supported family", repr(config.model_type), do)
+        return probe(config)
     return FAMILIES[config.model_type]
 
 
