@@ -20,8 +20,9 @@ from .qwen3 import QWEN3
 from .refuse import refusal
 from .smollm3 import SMOLLM3
 from .spec import AttentionShape, FamilySpec
+from .stablelm import STABLELM
 
-SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, GEMMA2, GEMMA3, OLMO2, SMOLLM3, GPT_NEOX, FALCON, GRANITE)
+SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, GEMMA2, GEMMA3, OLMO2, SMOLLM3, GPT_NEOX, FALCON, GRANITE, STABLELM)
 FAMILIES: dict[str, FamilySpec] = {word: spec for spec in SPECS for word in spec.model_types}
 
 __all__ = ["FAMILIES", "AttentionShape", "FamilySpec", "attention_shape", "family_of"]
