@@ -105,9 +105,10 @@ def _norm_of(norm: nn.Module, unit_offset: bool, heads: int, width: int) -> tupl
     # StableLM has a LayerNorm of its own for each head
     each = getattr(norm, "norms", None)
     norms = list(each) if isinstance(each, nn.ModuleList) else [norm]
-    weight = torch.cat([norm_weight(n, unit_offset) for n in norms])
+    weights = [norm_weight(n, unit_offset) for n in norms]
     biases = [getattr(n, "bias", None) for n in norms]
-    shift = torch.cat([torch.zeros_like(weight) if b is None else b.double() for b in biases])
+    weight = torch.cat(weights)
+    shift = torch.cat([torch.zeros_like(w) if b is None else b.double() for w, b in zip(weights, biases, strict=True)])
     spans_all = len(norms) == 1 and weight.numel() == heads * width and heads > 1
     weight, shift = (t.view(-1, width).expand(heads, width) for t in (weight, shift))
     return weight, shift, isinstance(norms[0], nn.LayerNorm), spans_all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import fail, nearest
+from ...errors import fail
 from .falcon import FALCON
 from .gemma import GEMMA2, GEMMA3
 from .gpt_neox import GPT_NEOX
@@ -14,12 +14,15 @@ from .mistral import MISTRAL
 from .olmo2 import OLMO2
 from .phi import PHI
 from .phi3 import PHI3
+from .probe import probe
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .refuse import refusal
 from .smollm3 import SMOLLM3
 from .spec import AttentionShape, FamilySpec
+from .stablelm import STABLELM
 
-SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, GEMMA2, GEMMA3, OLMO2, SMOLLM3, GPT_NEOX, FALCON, GRANITE)
+SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, GEMMA2, GEMMA3, OLMO2, SMOLLM3, GPT_NEOX, FALCON, GRANITE, STABLELM)
 FAMILIES: dict[str, FamilySpec] = {word: spec for spec in SPECS for word in spec.model_types}
 
 __all__ = ["FAMILIES", "AttentionShape", "FamilySpec", "attention_shape", "family_of"]
@@ -31,14 +34,13 @@ def family_of(config: Any) -> FamilySpec:
     Raises:
         ValueError: a family that is not supported, or a config of a family that cannot be converted.
     """
+    refused = refusal(config)
+    if refused is not None:
+        key, rule, got, do = refused
+        raise fail(f"teacher.config.{key}", rule, got, do)
     if config.model_type not in FAMILIES:
-        do = nearest(config.model_type, FAMILIES)
-        raise fail("teacher.config.model_type", "must be a supported family", repr(config.model_type), do)
-    spec = FAMILIES[config.model_type]
-    refusal = spec.refuses(config)
-    if refusal is not None:
-        raise fail("teacher.config", *refusal)
-    return spec
+        return probe(config)
+    return FAMILIES[config.model_type]
 
 
 def attention_shape(config: Any) -> AttentionShape:

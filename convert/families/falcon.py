@@ -5,12 +5,6 @@ from typing import Any
 from .spec import FamilySpec
 
 
-def _alibi(config: Any) -> tuple[str, object, str] | None:
-    if config.alibi:
-        return "positions must come from RoPE", "alibi", "Choose a Falcon with RoPE, such as Falcon-7B."
-    return None
-
-
 def _parallel_norms(config: Any) -> bool:
     return config.new_decoder_architecture and config.num_ln_in_parallel_attn != 1
 
@@ -33,6 +27,5 @@ FALCON = FamilySpec(
     kv_heads=_kv_heads,
     biases=lambda config: (config.bias, config.bias),
     eps="layer_norm_epsilon",
-    refuses=_alibi,
     attention_function=False,
 )

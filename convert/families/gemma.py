@@ -1,16 +1,6 @@
 """Gemma 2 and 3, text: norms that multiply by 1 + weight, before and after; windows in most layers; soft caps (2)."""
 
-from typing import Any
-
 from .spec import FamilySpec
-
-
-def _bidirectional(config: Any) -> tuple[str, object, str] | None:
-    if getattr(config, "use_bidirectional_attention", None):
-        rule = "attention must be causal, as a state is"
-        return rule, "use_bidirectional_attention", "Convert a decoder, not an embedding model."
-    return None
-
 
 GEMMA2 = FamilySpec(model_types=("gemma2",), scale=lambda config: config.query_pre_attn_scalar**-0.5)
 GEMMA3 = FamilySpec(
@@ -19,5 +9,4 @@ GEMMA3 = FamilySpec(
     key_norm="k_norm",
     unit_offset=True,
     scale=lambda config: config.query_pre_attn_scalar**-0.5,
-    refuses=_bidirectional,
 )

@@ -99,7 +99,6 @@ class FamilySpec:
         rotary: share of channels that RoPE turns in a layer.
         logits: factor and soft cap of the logits.
         eps: name of the norms' eps in the config.
-        refuses: why a config of this family cannot be converted, as (rule, what it has, what to do), or None.
         attention_function: whether attention goes through transformers' registered attention functions.
         stock_export: the stock architecture a `mamba2` hybrid of this family can be written as, if any.
     """
@@ -130,7 +129,6 @@ class FamilySpec:
         getattr(config, "final_logit_softcapping", None),
     )
     eps: str = "rms_norm_eps"
-    refuses: Callable[[Any], tuple[str, object, str] | None] = lambda config: None
     attention_function: bool = True
     stock_export: Callable[[Any], str | None] = lambda config: None
 

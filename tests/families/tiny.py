@@ -45,6 +45,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-7b": ("falcon", {**COMMON, "multi_query": True, "bias": True}),
     "falcon-40b": ("falcon", {**COMMON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "granite": ("granite", {**GQA, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0}),
+    "stablelm": ("stablelm", {**GQA, "use_qkv_bias": True}),
+    "stablelm-normed": ("stablelm", {**GQA, "qk_layernorm": True}),
 }
 
 
