@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import ssmorph.hf  # noqa: F401  registers the classes
 from ssmorph.convert.modeling import hybrid_of
@@ -27,6 +28,28 @@ def test_zero_layers_converted_is_the_teacher_bit_for_bit() -> None:
     teacher = tiny_teacher()
     student = hybrid_of(teacher, {}, "test")
     assert torch.equal(student(tokens(2, 30)).logits, teacher(tokens(2, 30)).logits)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_choice_of_attention_is_kept(attention: str, tmp_path: Path) -> None:
+    teacher = tiny_teacher()
+    teacher.set_attn_implementation(attention)
+    student = tiny_hybrid(teacher=teacher)
+    for config in (teacher.config, student.config, student.config.text_config):
+        assert config._attn_implementation == attention
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
+    for config in (loaded.config, loaded.config.text_config, loaded.model.config):
+        assert config._attn_implementation == attention
+
+
+def test_what_is_done_to_a_hybrids_config_is_not_done_to_its_teacher() -> None:
+    teacher = tiny_teacher()
+    student = tiny_hybrid(teacher=teacher)
+    student.set_attn_implementation("eager")
+    student.config.text_config.vocab_size = 270
+    assert teacher.config.vocab_size == 260
+    assert teacher.config._attn_implementation == "sdpa"
 
 
 def test_push_to_hub_writes_what_save_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""`output_attentions` of a hybrid: one entry for each layer, the weights where attention was kept, None elsewhere."""
+"""`output_attentions` of a hybrid: the weights of the layers that kept attention.
+
+transformers' own classes decide what a layer without weights is: Falcon's loop puts None, all others leave it out.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,16 @@ from tests.models import tiny_hybrid
 
 @torch.no_grad()
 @pytest.mark.parametrize(("row", "kind"), EACH)
-def test_kept_layers_give_weights_and_converted_ones_none(row: str, kind: str) -> None:
-    hybrid: Any = tiny_hybrid(kind, (1, 3), family_teacher(row, attn_implementation="eager"))
-    found = hybrid(tokens(2, 9), output_attentions=True).attentions
-    print(row, [None if a is None else tuple(a.shape) for a in found])
-    assert [a is None for a in found] == [False, True, False, True]
-    for weights in found[::2]:
-        assert weights.shape == (2, 6, 9, 9)
-        assert torch.allclose(weights.sum(-1), torch.ones(2, 6, 9), atol=1e-5)
+def test_kept_layers_give_their_weights(row: str, kind: str) -> None:
+    teacher = family_teacher(row, attn_implementation="eager")
+    hybrid: Any = tiny_hybrid(kind, (1, 3), teacher)
+    x = tokens(2, 9)
+    found = hybrid(x, output_attentions=True).attentions
+    if row.startswith("falcon"):
+        assert found[1] is None
+        assert found[3] is None
+        found = found[::2]
+    assert len(found) == 2
+    assert all(torch.allclose(weights.sum(-1), torch.ones(2, 6, 9), atol=1e-5) for weights in found)
+    # nothing before layer 0 was converted
+    assert torch.equal(found[0], teacher(x, output_attentions=True).attentions[0])

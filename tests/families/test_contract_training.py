@@ -36,6 +36,8 @@ def test_trainer_lowers_the_loss(row: str, kind: str, tmp_path: Path) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+# PEFT asks for transformers' old name of it
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize(("row", "kind"), ON_BOTH)
 def test_lora_lowers_the_loss_and_is_merged(row: str, kind: str) -> None:
     lora = LoraConfig(r=8, lora_alpha=32, target_modules=["in_proj", "out_proj", "q_proj"], task_type="CAUSAL_LM")
@@ -48,7 +50,7 @@ def test_lora_lowers_the_loss_and_is_merged(row: str, kind: str) -> None:
     model.train()
     for _ in range(12):
         loss = model(input_ids=x, labels=x).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -69,6 +71,8 @@ def test_the_text_pipeline(row: str, kind: str) -> None:
     assert all(isinstance(each[0]["generated_text"], str) for each in found)
 
 
+# torch.compile itself makes an instance of each autograd function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize(("row", "kind"), [("llama", "mamba2"), ("gemma3", "discrete_mamba2")])
