@@ -7,6 +7,7 @@ The model type is always ours: saved under the teacher's, a hybrid would reload 
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,6 +47,8 @@ class SsmorphConfig(PreTrainedConfig):
             for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
                 if hasattr(self.text_config, name):
                     kwargs.setdefault(name, getattr(self.text_config, name))
+            # the base class writes the outer choice of attention into the nested config, an absent one too
+            kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
         for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
@@ -90,7 +93,11 @@ class SsmorphConfig(PreTrainedConfig):
 
 
 class SsmorphForCausalLM(PreTrainedModel):
-    """Entry point for `from_pretrained`, `from_config` and direct construction; instances are of `hybrid_class`."""
+    """Entry point for `from_pretrained`, `from_config` and direct construction; instances are of `hybrid_class`.
+
+    `output_attentions` gives the kept layers' weights. A converted layer has none: transformers leaves it out of the
+    tuple, or puts None there (Falcon).
+    """
 
     config_class = SsmorphConfig
     # a recurrent state cannot be rolled back, so assisted generation has to be refused
@@ -140,6 +147,7 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
         if getattr(config, "_attn_implementation_internal", None) and not isinstance(config._attn_implementation, dict):
             config.text_config._attn_implementation = config._attn_implementation
         teacher_class.__init__(self, config.text_config, *args, **kwargs)
+        config._attn_implementation_internal = config.text_config._attn_implementation_internal
         self.config = config
         for index, (kind, shape) in config.layers().items():
             set_mixer(self, config, index, make_mixer(kind, shape, index))
@@ -174,7 +182,9 @@ def hybrid_of(teacher: PreTrainedModel, mixers: dict[int, Mixer], version: str) 
     converted = {str(i): {"kind": m.kind, "shape": m.shape.as_dict()} for i, m in sorted(mixers.items())}
     spec = family_of(teacher.config)
     places = {"layers": spec.layers, "mixer": spec.mixer}
-    config = SsmorphConfig(text_config=teacher.config, converted=converted, places=places, ssmorph_version=version)
+    # a copy: another attention for the hybrid, say, is not another for its teacher
+    nested = copy.deepcopy(teacher.config)
+    config = SsmorphConfig(text_config=nested, converted=converted, places=places, ssmorph_version=version)
     config.dtype = teacher.dtype
     with torch.device("meta"):
         student = SsmorphForCausalLM(config)

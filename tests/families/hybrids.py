@@ -1,0 +1,29 @@
+"""What the contract's files share: one hybrid of every family and mixer, random tokens, and when logits are equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.families.tiny import ROWS, family_teacher
+from tests.models import tiny_hybrid
+
+KINDS = ("mamba2", "discrete_mamba2")
+EACH = [(row, kind) for row in ROWS for kind in KINDS]
+
+
+def some_layers(row: str, kind: str) -> Any:
+    """A hybrid of a row with layers 1 and 3 converted, in eval mode and frozen."""
+    return tiny_hybrid(kind, (1, 3), family_teacher(row)).requires_grad_(False)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Random bytes, [batch, length]."""
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close(own: Tensor, expected: Tensor) -> bool:
+    """Equal up to 1e-5 of the largest expected value."""
+    return bool((own - expected).abs().max() <= 1e-5 * expected.abs().max())
