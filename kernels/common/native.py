@@ -45,14 +45,14 @@ def refuses_native(device: torch.device) -> str | None:
 def _broken() -> str | None:
     try:
         for source in sorted(KERNELS.glob("*/native.c")):
-            library(str(source.relative_to(KERNELS)), torch.float32)
+            loaded(str(source.relative_to(KERNELS)), torch.float32)
     except (OSError, ValueError) as error:
         return str(error)
     return None
 
 
 @functools.cache
-def library(source: str, dtype: torch.dtype) -> ctypes.CDLL:
+def loaded(source: str, dtype: torch.dtype) -> ctypes.CDLL:
     """The compiled file, such as 'ssd/native.c'; made at the first call on this machine.
 
     Raises:
@@ -126,7 +126,7 @@ def call(source: str, function: str, problem: ctypes.Structure, dtype: torch.dty
     Raises:
         MemoryError: there is none for scratch space.
     """
-    run = getattr(library(source, dtype), function)
+    run = getattr(loaded(source, dtype), function)
     _in_parts(lambda first, stop: run(ctypes.byref(problem), ctypes.c_int64(first), ctypes.c_int64(stop)), units)
 
 

@@ -18,7 +18,7 @@ from tests.kernels import test_mixing
 from tests.kernels.test_ssd import inputs, outputs_and_gradients
 
 CPU = torch.device("cpu")
-FRESH = (native.library, native._compiler, native._broken)
+FRESH = (native.loaded, native._compiler, native._broken)
 pytestmark = pytest.mark.skipif(
     "native" in BACKENDS.refusals(CPU), reason=f"native code: {BACKENDS.refusals(CPU).get('native')}"
 )
