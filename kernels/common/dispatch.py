@@ -22,7 +22,7 @@ class Backends:
 
     A request is the caller's `backend` argument, or else the environment variable SSMORPH_BACKEND, which holds for
     every operation. Without a request the first backend that does not refuse the device is taken; on a GPU `on_gpu`
-    comes before all others, and where it refuses, the log says why another one runs.
+    comes before all others. Where the preferred one refuses, the log says why another one runs.
 
     Args:
         op_name: the operation, as errors and the log name it.

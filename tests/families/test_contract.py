@@ -12,25 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import ssmorph.hf  # noqa: F401  registers the classes
 from ssmorph.convert.modeling import SsmorphConfig, SsmorphForCausalLM
+from tests.families.hybrids import KINDS, close, tokens
 from tests.families.tiny import ROWS, family_teacher
 from tests.models import tiny_hybrid
 
 PLANS = {"some": (1, 3), "all": (0, 1, 2, 3)}
-KINDS = ("mamba2", "discrete_mamba2")
 
 
 @pytest.fixture(scope="module", params=[(r, k, p) for r in ROWS for k in KINDS for p in PLANS], ids="-".join)
 def hybrid(request: pytest.FixtureRequest) -> Any:
     row, kind, plan = request.param
     return tiny_hybrid(kind, PLANS[plan], family_teacher(row))
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def close(own: Tensor, expected: Tensor) -> bool:
-    return bool((own - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ssmorph.convert.calibrate import CalibrationOptions, calibrate
 from ssmorph.convert.capture import captured
@@ -19,11 +18,8 @@ from ssmorph.stages.config import LogitsStage
 from ssmorph.stages.controls import windowed
 from ssmorph.stages.logits import divergence
 from ssmorph.stages.mixing import align_matrices
+from tests.families.hybrids import tokens
 from tests.families.tiny import ROWS, family_teacher
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def student_of(teacher: Any, kind: str = "mamba2", layers: tuple[int, ...] = (1, 3)) -> Any:
