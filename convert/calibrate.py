@@ -23,7 +23,7 @@ from .linearise import fill_norm, open_gate, shrink_taps
 from .mixers import Mixer
 from .mixers.mamba2 import Mamba2Mixer
 from .moments import Moments
-from .surgery import conv_bias, conv_rows, set_decay
+from .start import conv_bias, conv_rows, set_decay
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # share of the windows that choose the ridge and decide whether the fit is accepted

@@ -19,7 +19,7 @@ from torch import Tensor
 from .mixers.discrete_mamba2 import GATE_OPEN
 from .mixers.mamba2 import Mamba2Mixer
 from .moments import Moments
-from .surgery import conv_bias, conv_rows, gate_rows, inverse_softplus
+from .start import conv_bias, conv_rows, gate_rows, inverse_softplus
 
 # largest |v| that enters SiLU (its 99.9 % quantile), where silu(v) = v/2 within about v/2 of itself
 TAP_LEVEL = 0.2

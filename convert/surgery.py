@@ -16,7 +16,7 @@ from .families import AttentionShape, FamilySpec
 from .families.spec import Projection, linear, norm_weight
 from .mixers import Mixer, MixerShape, make_mixer
 from .mixers.discrete_mamba2 import DiscreteMamba2Mixer
-from .mixers.mamba2 import Mamba2Mixer
+from .start import conv_bias, conv_rows, gate_rows, identity_convolution, published_start, set_decay
 
 # a decay of 1/64 per token: a neutral memory for the plain copy, before the teacher's own distances are known
 COPY_DISTANCE = 64.0
@@ -43,39 +43,58 @@ def expand_kv(weight: Tensor, attention: AttentionShape) -> Tensor:
 
 
 @torch.no_grad()
-def copy_attention(teacher: Any, spec: FamilySpec, layer: int, kind: str, conv_kernel: int = 4) -> Mixer:
-    """A mixer that starts as the copy of a layer's attention, in the attention's dtype and on its device.
+def copy_attention(
+    teacher: Any, spec: FamilySpec, layer: int, kind: str, conv_kernel: int = 4, init: str = "copy"
+) -> Mixer:
+    """A mixer for a layer's place, in the attention's dtype and on its device.
+
+    Args:
+        init: `copy` of the attention that shows through; `projections` copied into a mixer that otherwise starts as
+            published (start.py); `random`: nothing copied.
 
     Raises:
         ValueError: weights that are quantised, or of other sizes than the config says.
     """
     attention, shape = spec.attention(teacher, layer), spec.shape(teacher.config)
     parts, out = spec.projections(attention, teacher.config), linear(attention, spec.out)
-    query = folded(parts.query, attention, spec.query_norm, spec.unit_offset, shape.head_dim)
-    key = folded(parts.key, attention, spec.key_norm, spec.unit_offset, shape.head_dim)
-    device, dtype = query.weight.device, query.weight.dtype
-    mixer = make_mixer(kind, faithful_shape(shape, conv_kernel), layer).to(device=device, dtype=dtype)
+    mixer = make_mixer(kind, faithful_shape(shape, conv_kernel), layer)
+    if init == "copy":
+        _show_through(mixer)
+    else:
+        published_start(mixer)
+    mixer.to(device=parts.query.weight.device, dtype=parts.query.weight.dtype)
+    if init != "random":
+        query = folded(parts.query, attention, spec.query_norm, spec.unit_offset, shape.head_dim)
+        key = folded(parts.key, attention, spec.key_norm, spec.unit_offset, shape.head_dim)
+        _copy_projections(mixer, shape, query, key, parts.value, out)
+    return mixer
+
+
+def _show_through(mixer: Mixer) -> None:
+    """All but the projections: a gate that MOHAWK's form leaves open, the identity tap, one neutral decay."""
     if isinstance(mixer, DiscreteMamba2Mixer):
         gate_rows(mixer).zero_()
-    mixer.conv1d.weight.zero_()
-    mixer.conv1d.weight[:, 0, -1] = 1
-    rows = [expand_kv(parts.value.weight, shape), expand_kv(key.weight, shape), query.weight]
-    conv_rows(mixer).copy_(torch.cat(rows))
-    conv_bias(mixer).zero_()
-    biases = (parts.value.bias, key.bias, query.bias)
-    blocks = conv_bias(mixer).split([shape.heads * shape.head_dim] * 3)
-    for block, bias in zip(blocks, biases, strict=True):
+    identity_convolution(mixer)
+    set_decay(mixer, torch.full((mixer.shape.heads,), COPY_DISTANCE, dtype=torch.float64))
+
+
+def _copy_projections(
+    mixer: Mixer, shape: AttentionShape, query: Projection, key: Projection, value: Projection, out: nn.Linear
+) -> None:
+    """Q, K, V into the rows of C, B, x and O into out_proj; a bias passes through the taps to the convolution's."""
+    conv_rows(mixer).copy_(torch.cat([expand_kv(value.weight, shape), expand_kv(key.weight, shape), query.weight]))
+    taps_C = mixer.conv1d.weight.sum((1, 2))
+    blocks = (t.split([shape.heads * shape.head_dim] * 3) for t in (conv_bias(mixer), taps_C))
+    for block, taps, bias in zip(*blocks, (value.bias, key.bias, query.bias), strict=True):
         if bias is not None:
-            block.copy_(bias if len(bias) == len(block) else expand_kv(bias, shape))
+            block += taps * (bias if len(bias) == len(block) else expand_kv(bias, shape))
     mixer.out_proj.weight.copy_(out.weight)
     if out.bias is not None:
         mixer.out_proj.bias.copy_(out.bias)
-    set_decay(mixer, torch.full((shape.heads,), COPY_DISTANCE, dtype=torch.float64))
     if isinstance(mixer, DiscreteMamba2Mixer):
         queries = slice(mixer.shape.conv_channels - mixer.shape.groups * mixer.shape.state, mixer.shape.conv_channels)
         conv_rows(mixer)[queries] *= shape.scale
         conv_bias(mixer)[queries] *= shape.scale
-    return mixer
 
 
 def folded(part: Projection, attention: nn.Module, name: str | None, unit_offset: bool, head_dim: int) -> Projection:
@@ -112,43 +131,3 @@ def _norm_of(norm: nn.Module, unit_offset: bool, heads: int, width: int) -> tupl
     spans_all = len(norms) == 1 and weight.numel() == heads * width and heads > 1
     weight, shift = (t.view(-1, width).expand(heads, width) for t in (weight, shift))
     return weight, shift, isinstance(norms[0], nn.LayerNorm), spans_all
-
-
-def conv_bias(mixer: Mixer) -> Tensor:
-    """The convolution's bias, which every mixer has."""
-    assert mixer.conv1d.bias is not None
-    return mixer.conv1d.bias
-
-
-def conv_rows(mixer: Mixer) -> Tensor:
-    """The rows of in_proj that feed the convolution, [x | B | C], as a view."""
-    start = mixer.shape.inner if isinstance(mixer, Mamba2Mixer) else 0
-    return mixer.in_proj.weight[start : start + mixer.shape.conv_channels]
-
-
-def gate_rows(mixer: Mixer) -> Tensor:
-    """The rows of in_proj that make the gate z, as a view."""
-    start = 0 if isinstance(mixer, Mamba2Mixer) else mixer.shape.conv_channels
-    return mixer.in_proj.weight[start : start + mixer.shape.inner]
-
-
-@torch.no_grad()
-def set_decay(mixer: Mixer, distance_H: Tensor, dt_H: Tensor | None = None) -> None:
-    """Gives every head a constant decay whose geometric profile has mean distance `distance_H` tokens.
-
-    -ln a = ln(1 + 1/d). Rows of dt (or of a) become zero, so that the decay is the same at every token; `dt_H` is the
-    weight of each token's write in the stock mixer, 1 where left out. Both are float64, [H].
-    """
-    mixer.in_proj.weight[-mixer.shape.heads :] = 0
-    if isinstance(mixer, DiscreteMamba2Mixer):
-        mixer.a_bias.copy_(-distance_H.log())
-        return
-    assert isinstance(mixer, Mamba2Mixer)
-    dt_H = torch.ones_like(distance_H) if dt_H is None else dt_H
-    mixer.dt_bias.copy_(inverse_softplus(dt_H))
-    mixer.A_log.copy_(torch.log1p(1 / distance_H).log() - dt_H.log())
-
-
-def inverse_softplus(value: Tensor) -> Tensor:
-    """x with log(1 + e^x) = value, without overflow for large values."""
-    return value + torch.log(-torch.expm1(-value))

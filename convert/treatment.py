@@ -20,13 +20,17 @@ class Treatment(NamedTuple):
     note: str
 
 
-def treatments(spec: FamilySpec, config: Any, layers: Sequence[int], mixer: str) -> list[Treatment]:
+def treatments(spec: FamilySpec, config: Any, layers: Sequence[int], mixer: str, init: str = "copy") -> list[Treatment]:
     """One row for each feature that this teacher has: first of the converted layers' attention, then of the rest.
 
     Args:
         layers: the converted layers; without any, only the rows of what stays.
         mixer: kind of mixer that they become.
+        init: what surgery copies; of `random` mixers only what training can win back is attention's.
     """
+    if init == "random" and layers:
+        note = "mixers start at random; the alignment stages teach them all of it"
+        return [Treatment("attention", "dropped", note), *_untouched(spec, config)]
     converted = [*_projections(spec, config, mixer), *_scores(spec, config, layers)] if layers else []
     return [*converted, *_untouched(spec, config)]
 

@@ -61,11 +61,18 @@ def load_student(folder: Path, teacher: Any, own_rest: bool) -> Any:
 
 
 def copied_student(
-    teacher: Any, spec: FamilySpec, layers: tuple[int, ...], kind: str, conv_kernel: int, seed: int, own_rest: bool
+    teacher: Any,
+    spec: FamilySpec,
+    layers: tuple[int, ...],
+    kind: str,
+    conv_kernel: int,
+    seed: int,
+    own_rest: bool,
+    init: str = "copy",
 ) -> Any:
-    """Surgery: the teacher with copied mixers in `layers`. The seed draws the stock gate, which attention has not."""
+    """Surgery: the teacher with mixers in `layers`. The seed draws what is not copied, such as the stock gate."""
     torch.manual_seed(seed)
-    mixers = {i: copy_attention(teacher, spec, i, kind, conv_kernel) for i in layers}
+    mixers = {i: copy_attention(teacher, spec, i, kind, conv_kernel, init) for i in layers}
     return assemble(teacher, mixers, own_rest)
 
 

@@ -7,16 +7,14 @@ import time
 
 from ssmorph.convert.calibrate import CalibrationOptions, LayerFit, calibrate
 
-from .config import CalibrateStage
+from .config import CALIBRATION_BATCH, CalibrateStage
 from .context import Context
-
-BATCH = 2
 
 
 def run_calibrate(ctx: Context, index: int, stage: CalibrateStage) -> list[LayerFit]:
     """Fits `ctx.student` in place; a stop in the middle starts the stage over, since it takes minutes."""
-    count = max(2, math.ceil(stage.tokens / (BATCH * ctx.config.data.window)))
-    windows = [ctx.batch(index, step, BATCH).tokens_BL for step in range(count)]
+    count = max(2, math.ceil(stage.tokens / (CALIBRATION_BATCH * ctx.config.data.window)))
+    windows = [ctx.batch(index, step, CALIBRATION_BATCH).tokens_BL for step in range(count)]
     started = time.monotonic()
     total = len(ctx.student.mixers())
     fits: list[LayerFit] = []

@@ -13,6 +13,8 @@ from typing import Literal
 from ..errors import fail
 
 RUN_FORMAT = 1
+# windows in a batch of the calibration stage
+CALIBRATION_BATCH = 2
 
 
 def _require(ok: bool, where: str, rule: str, got: object, do: str) -> None:
@@ -91,17 +93,20 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Relative AdamW (optim.py) with a warm-up / stable / decay schedule.
+    """AdamW with a warm-up / stable / decay schedule; `rest_lr` 0 freezes all but the mixers.
 
-    Rates are peaks, as shares of a row's size per step; `rest_lr` 0 freezes all but the mixers.
+    `relative` (optim.py): rates are shares of a row's size per step, and each layer's gradient is clipped on its own.
+    `adamw`: rates as papers print them, and one norm is clipped over all that is trained. Rates are peaks.
     """
 
+    kind: Literal["relative", "adamw"] = "relative"
     lr: float = 3e-4
     rest_lr: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup_percent: float = 20.0
     decay_percent: float = 40.0
+    decay_shape: Literal["linear", "cosine"] = "linear"
     final_lr_ratio: float = 0.0
     clip: float = 1.0
 
@@ -125,9 +130,14 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SurgeryStage:
-    """Copies q, k, v, o of the planned layers into mixers; trains nothing."""
+    """Puts mixers into the planned layers; trains nothing.
+
+    `init` copy: q, k, v, o are copied and the rest is set so that attention shows through. `projections`: they are
+    copied and the rest starts as the published mixer does. `random`: all of a mixer starts as published.
+    """
 
     kind: Literal["surgery"] = "surgery"
+    init: Literal["copy", "projections", "random"] = "copy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +188,11 @@ class HiddenStage(TrainStage):
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsStage(TrainStage):
-    """End-to-end distillation: the student's next-token distribution towards the teacher's."""
+    """End-to-end distillation: the student's next-token distribution towards the teacher's.
+
+    `layer_weight` adds a distance of converted blocks' outputs: `l2` relative to the teacher's size and the mean over
+    layers, `frobenius` as MaTVLM has it. With `layer_inputs` teacher, the blocks get the teacher's inputs there.
+    """
 
     kind: Literal["logits"] = "logits"
     loss: Literal["kl", "reverse_kl", "jsd"] = "kl"
@@ -186,6 +200,8 @@ class LogitsStage(TrainStage):
     jsd_beta: float = 0.5
     ce_weight: float = 0.0
     layer_weight: float = 0.0
+    layer_loss: Literal["l2", "frobenius"] = "l2"
+    layer_inputs: Literal["student", "teacher"] = "student"
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -235,6 +251,9 @@ class RunConfig:
         kinds = [stage.kind for stage in self.stages]
         _require(kinds[:1] == ["surgery"], "stages", "the first stage is surgery", kinds, "Put {kind: surgery} first.")
         _require(kinds.count("surgery") == 1, "stages", "surgery comes once", kinds, "Remove the second.")
+        copies = isinstance(self.stages[0], SurgeryStage) and self.stages[0].init == "copy"
+        _require(copies or "calibrate" not in kinds, "stages.surgery.init", "calibration starts from a copy",
+                 getattr(self.stages[0], "init", None), "Use copy, or leave calibrate out.")  # fmt: skip
         frobenius = any(isinstance(s, MixingStage) and s.loss == "frobenius" for s in self.stages)
         _require(not (frobenius and self.student.mixer == "mamba2"), "stages.mixing.loss",
                  "frobenius needs a mixer without a norm", "mamba2", "Use cosine.")  # fmt: skip

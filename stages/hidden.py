@@ -5,8 +5,9 @@ Teacher-forced: one teacher forward serves all layers, and no gradient crosses a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ from .config import HiddenStage
 from .context import Context
 from .data import TokenBatch
 from .loop import StepFunction, Trained, train
+
+
+class BlockCall(NamedTuple):
+    """What entered and left a decoder block, [B, L, D] both (the last block's before the final norm), and the rest."""
+
+    entered_BLD: Tensor
+    left_BLD: Tensor
+    kwargs: dict[str, Any]
 
 
 def run_hidden(ctx: Context, index: int, stage: HiddenStage) -> Trained:
@@ -63,7 +72,8 @@ def _block_step(ctx: Context, stage: HiddenStage) -> StepFunction:
     blocks = ctx.spec.decoder_layers(ctx.student)
 
     def step(batch: TokenBatch) -> dict[int, float]:
-        seen = _layer_states(ctx, list(mixers), batch.tokens_BL)
+        with block_calls(ctx, ctx.teacher, list(mixers)) as seen:
+            teacher_body(ctx, batch.tokens_BL)
         losses = {}
         for layer in mixers:
             entered, left, kwargs = seen[layer]
@@ -75,28 +85,23 @@ def _block_step(ctx: Context, stage: HiddenStage) -> StepFunction:
     return step
 
 
-def _layer_states(
-    ctx: Context, layers: list[int], tokens_BL: Tensor
-) -> dict[int, tuple[Tensor, Tensor, dict[str, Any]]]:
-    """What enters and leaves the teacher's blocks; the last block's output is taken before the final norm."""
-    seen: dict[int, tuple[Tensor, Tensor, dict[str, Any]]] = {}
+@contextlib.contextmanager
+def block_calls(ctx: Context, model: Any, layers: list[int]) -> Iterator[dict[int, BlockCall]]:
+    """While open, every forward of `model` leaves the calls of its blocks `layers` in the yielded dict."""
+    calls: dict[int, BlockCall] = {}
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             passed = {k: v for k, v in kwargs.items() if k not in OWN}
-            seen[index] = (
-                args[0] if args else kwargs["hidden_states"],
-                output[0] if isinstance(output, tuple) else output,
-                passed,
-            )
+            entered = args[0] if args else kwargs["hidden_states"]
+            calls[index] = BlockCall(entered, output[0] if isinstance(output, tuple) else output, passed)
 
         return hook
 
-    blocks = ctx.spec.decoder_layers(ctx.teacher)
+    blocks = ctx.spec.decoder_layers(model)
     handles = [blocks[i].register_forward_hook(keep(i), with_kwargs=True) for i in layers]
     try:
-        teacher_body(ctx, tokens_BL)
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
-    return seen

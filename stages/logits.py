@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ssmorph.convert.capture import run_layer
 from ssmorph.kernels.distill import distill_loss
 
 from .config import LogitsStage
 from .context import Context
 from .data import TokenBatch
-from .hidden import alignment_loss
+from .hidden import BlockCall, alignment_loss, block_calls
 from .loop import Trained, train
 
 
@@ -24,16 +22,18 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
         student.activation_checkpointing_enable()
         student.train()
 
+    layers = sorted(student.mixers()) if stage.layer_weight else []
+
     def step(batch: TokenBatch) -> dict[int, float]:
         tokens_BL = batch.tokens_BL
-        with _outputs(ctx, teacher, stage.layer_weight > 0) as taught, torch.no_grad():
+        with block_calls(ctx, teacher, layers) as taught, torch.no_grad():
             taught_TD = teacher.base_model(tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        with _outputs(ctx, student, stage.layer_weight > 0) as own:
+        with block_calls(ctx, student, layers) as own:
             own_TD = student.base_model(tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         labels_T, mask_T = tokens_BL[:, 1:].flatten(), batch.loss_mask_BL[:, 1:].flatten()
         loss = divergence(ctx, stage, own_TD, taught_TD, labels_T, mask_T)
         if stage.layer_weight:
-            loss = loss + stage.layer_weight * _layer_term(own, taught)
+            loss = loss + stage.layer_weight * layer_term(ctx, stage, own, taught)
         loss.backward()
         return {-1: loss.item()}
 
@@ -60,29 +60,19 @@ def divergence(
     )  # fmt: skip
 
 
-def _layer_term(own: dict[int, Tensor], taught: dict[int, Tensor]) -> Tensor:
-    terms = [alignment_loss(own[i], taught[i], "l2") for i in own]
-    return torch.stack(terms).mean()
+def layer_term(ctx: Context, stage: LogitsStage, own: dict[int, BlockCall], taught: dict[int, BlockCall]) -> Tensor:
+    """How far the converted blocks' outputs are from the teacher's [MaTVLM, equation of its layer-wise loss].
 
-
-class _outputs:
-    """Hooks that leave the converted blocks' outputs, taken before the final norm, in a dict while open."""
-
-    def __init__(self, ctx: Context, model: Any, wanted: bool) -> None:
-        self.blocks = ctx.spec.decoder_layers(model)
-        self.layers = sorted(ctx.student.mixers()) if wanted else []
-        self.seen: dict[int, Tensor] = {}
-
-    def __enter__(self) -> dict[int, Tensor]:
-        self.handles = [self.blocks[i].register_forward_hook(self._keep(i)) for i in self.layers]
-        return self.seen
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _keep(self, index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
-            self.seen[index] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+    `frobenius` is the sum over layers of |own - taught| over a whole window, per token like the divergence beside it.
+    """
+    blocks = ctx.spec.decoder_layers(ctx.student)
+    terms = []
+    for i, call in taught.items():
+        forced = stage.layer_inputs == "teacher"
+        out_BLD = run_layer(blocks[i], call.entered_BLD, call.kwargs) if forced else own[i].left_BLD
+        if stage.layer_loss == "l2":
+            terms.append(alignment_loss(out_BLD, call.left_BLD, "l2") / len(taught))
+        else:
+            gap = (out_BLD.float() - call.left_BLD.float()).flatten(1)
+            terms.append(torch.linalg.vector_norm(gap, dim=1).mean() / out_BLD.shape[1])
+    return torch.stack(terms).sum()

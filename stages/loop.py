@@ -82,7 +82,9 @@ class _Loop:
         self.layers = self._layers()
 
     def _layers(self) -> dict[int, list[nn.Parameter]]:
-        """Parameters by decoder layer; -1 holds those outside."""
+        """Parameters whose gradient is clipped together, by decoder layer; -1 holds those outside."""
+        if self.stage.optim.kind == "adamw":
+            return {-1: list(self.parameters.values())}
         layers: dict[int, list[nn.Parameter]] = {}
         prefix = self.ctx.spec.layers + "."
         for name, p in self.parameters.items():

@@ -21,7 +21,8 @@ FLOOR = 0.1
 class RelativeAdamW(torch.optim.Optimizer):
     """AdamW [Loshchilov and Hutter, 2019] with its step multiplied by the size of each row (of all of a vector).
 
-    Groups with `relative=False` take the plain step: logarithms, whose differences are already relative.
+    Groups with `relative=False` take AdamW's own step: logarithms, whose differences are already relative, and all that
+    a recipe trains with `optim.kind` adamw.
     """
 
     def __init__(

@@ -199,7 +199,7 @@ def _run_stage(ctx: Context, index: int, stage: Stage, layers: tuple[int, ...], 
     if isinstance(stage, SurgeryStage):
         c = ctx.config
         ctx.student = copied_student(
-            ctx.teacher, ctx.spec, layers, c.student.mixer, c.student.conv_kernel, c.seed, own_rest
+            ctx.teacher, ctx.spec, layers, c.student.mixer, c.student.conv_kernel, c.seed, own_rest, stage.init
         )
         return {"layers": list(layers)}
     if isinstance(stage, CalibrateStage):

@@ -19,7 +19,7 @@ from ssmorph.convert.surgery import faithful_shape
 from ssmorph.convert.teachers import load_config
 from ssmorph.convert.treatment import name_layers, treatments
 
-from .config import CalibrateStage, LogitsStage, RunConfig, TrainStage
+from .config import CalibrateStage, LogitsStage, RunConfig, SurgeryStage, TrainStage
 
 FLOAT32 = 4
 
@@ -47,6 +47,7 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
     )
     made = mixer_parameters(config.student.mixer, shape)
     per_token, fixed = kv_bytes_per_token(attention, FLOAT32), cache_bytes(shape, FLOAT32)
+    init = config.stages[0].init if isinstance(config.stages[0], SurgeryStage) else "copy"
     table = []
     for i in range(attention.layers):
         converted = i in layers
@@ -63,7 +64,7 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
         "parameters_added": len(layers) * (made - kept),
         "smaller_from_tokens": crossover,
         "never_smaller": [i for i in layers if (spec.window(teacher, i) or crossover) < crossover],
-        "treatment": [row._asdict() for row in treatments(spec, teacher, layers, config.student.mixer)],
+        "treatment": [row._asdict() for row in treatments(spec, teacher, layers, config.student.mixer, init)],
         "stock_export_fits": spec.stock_export(teacher) if config.student.mixer == "mamba2" else None,
         "estimate": _estimate(config, teacher, attention, len(layers), made, kept),
     }

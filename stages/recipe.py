@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from ..errors import UserError, fail, nearest
+from .budget import spread
 from .config import STAGES, RunConfig, as_dict, default_stages
 
 # YAML 1.1 wants a point and a signed exponent in a float, and reads 1e-4 as text.
@@ -44,7 +45,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), **top: Any) -> 
     """The recipe of a YAML file, with `a.b=value` overrides and top-level keys replaced.
 
     `base: other.yaml`, relative to the file, is read first and merged under it; a list replaces a list. Stages are
-    addressed by kind or index: `stages.logits.optim.lr=1e-4`.
+    addressed by kind or index: `stages.logits.optim.lr=1e-4`. `budget=N` shares N tokens out among the stages.
 
     Raises:
         ValueError: anything the recipe alone shows to be wrong.
@@ -64,7 +65,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), **top: Any) -> 
     tree = _plain(tree)  # nothing shared: an override must not reach what a YAML alias repeats elsewhere
     for override in overrides:
         _override(tree, override)
-    return build(tree)
+    budget = tree.pop("budget", None)
+    config = build(tree)
+    return config if budget is None else spread(config, _scalar(budget, int, "budget"))
 
 
 def load_saved(run: Path) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,19 +13,24 @@ from .optim import RelativeAdamW
 
 
 def rate(step: int, steps: int, config: OptimConfig) -> float:
-    """The share of the peak rate at `step` of `steps`: linear up, flat, linear down to `final_lr_ratio`."""
+    """The share of the peak rate at `step` of `steps`: linear up, flat, down to `final_lr_ratio`."""
     warmup = config.warmup_percent / 100 * steps
     decay = config.decay_percent / 100 * steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
     left = steps - step
     if left < decay:
-        return config.final_lr_ratio + (1 - config.final_lr_ratio) * left / (decay + 1)
+        height = left / (decay + 1)
+        if config.decay_shape == "cosine":
+            height = (1 - math.cos(math.pi * height)) / 2
+        return config.final_lr_ratio + (1 - config.final_lr_ratio) * height
     return 1.0
 
 
 # held as logarithms, so that a plain step is a relative change
 LOGARITHMS = ("A_log", "dt_bias", "a_bias")
+# the papers' optimiser has torch's
+EPS = {"relative": 1e-12, "adamw": 1e-8}
 
 
 def optimizer(mixers: dict[str, nn.Parameter], rest: dict[str, nn.Parameter], config: OptimConfig) -> RelativeAdamW:
@@ -33,9 +39,9 @@ def optimizer(mixers: dict[str, nn.Parameter], rest: dict[str, nn.Parameter], co
     for lr, parameters in ((config.lr, mixers), (config.rest_lr, rest if config.rest_lr else {})):
         for name, p in parameters.items():
             decay = config.weight_decay if p.dim() > 1 else 0.0
-            relative = name.rpartition(".")[2] not in LOGARITHMS
+            relative = config.kind == "relative" and name.rpartition(".")[2] not in LOGARITHMS
             groups.append({"params": [p], "lr": lr, "peak": lr, "weight_decay": decay, "relative": relative})
-    return RelativeAdamW(groups, lr=config.lr, betas=config.betas)
+    return RelativeAdamW(groups, lr=config.lr, betas=config.betas, eps=EPS[config.kind])
 
 
 def set_rate(optim: torch.optim.Optimizer, share: float) -> None:

@@ -12,7 +12,8 @@ from ssmorph.convert.families import FAMILIES, attention_shape
 from ssmorph.convert.linearise import inverse_silu, scale_scan
 from ssmorph.convert.mixers.mamba2 import Mamba2Mixer
 from ssmorph.convert.plan import attention_parameters, mixer_parameters, resolve_layers
-from ssmorph.convert.surgery import copy_attention, expand_kv, faithful_shape, inverse_softplus, set_decay
+from ssmorph.convert.start import inverse_softplus, set_decay
+from ssmorph.convert.surgery import copy_attention, expand_kv, faithful_shape
 from tests.models import tiny_hybrid, tiny_teacher
 
 LLAMA = FAMILIES["llama"]

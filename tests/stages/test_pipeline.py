@@ -178,6 +178,15 @@ VARIATIONS: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
     "rest in the middle": (
         [{"kind": "logits", "optim": {"lr": 1e-3, "rest_lr": 1e-4}}, {"kind": "hidden", "target": "block"}], ()
     ),
+    "as MOHAWK": (
+        [{"kind": "mixing", "loss": "frobenius", "optim": {"kind": "adamw", "lr": 1e-3}},
+         {"kind": "logits", "optim": {"kind": "adamw", "lr": 1e-3, "rest_lr": 1e-3, "decay_shape": "cosine"}}],
+        ("student.mixer=discrete_mamba2", "stages.surgery.init=random"),
+    ),
+    "as MaTVLM": (
+        [{"kind": "logits", "layer_weight": 1.0, "layer_loss": "frobenius", "layer_inputs": "teacher"}],
+        ("stages.surgery.init=projections",),
+    ),
     "several checkpoints": ([{"kind": "hidden", "checkpoint_every": 1, "keep": 2}], ()),
 }  # fmt: skip
 

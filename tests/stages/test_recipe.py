@@ -146,6 +146,12 @@ REFUSED = [
     ("rule of a stage", "stages.logits.temperature=0", ["stages[2].temperature: must be positive"]),
     ("rule of a base class", "stages.hidden.tokens=0", ["stages[1].tokens: must be positive"]),
     ("rule of the whole", "stages=[{kind: hidden}]", ["stages: the first stage is surgery"]),
+    (
+        "calibration of a random start",
+        "stages=[{kind: surgery, init: random}, {kind: calibrate}]",
+        ["stages.surgery.init: calibration starts from a copy; got random"],
+    ),
+    ("layer loss", "stages.logits.layer_loss=l1", ["stages[2].layer_loss: must be one of l2, frobenius"]),
     ("format", "run_format=99", ["run_format: ", "99"]),
     ("no value", "seed", ["override: ", "'seed'"]),
     ("no path", "=3", ["override: ", "'=3'"]),

@@ -1,0 +1,62 @@
+"""Optimisers and schedules: the plain one is torch's AdamW, the relative one moves rows by their size."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from ssmorph.stages.config import OptimConfig
+from ssmorph.stages.schedule import optimizer, rate, set_rate
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    scale = torch.logspace(-3, 2, 5)[:, None]
+    return {"in_proj.weight": nn.Parameter(scale * torch.randn(5, 4)), "A_log": nn.Parameter(torch.randn(5))}
+
+
+def steps(config: OptimConfig, count: int = 4) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """What our optimiser and torch's make of the same gradients."""
+    ours, theirs = parameters(), parameters()
+    optim = optimizer(ours, {}, config)
+    decayed = {"params": [theirs["in_proj.weight"]], "weight_decay": config.weight_decay}
+    torchs = torch.optim.AdamW(
+        [decayed, {"params": [theirs["A_log"]], "weight_decay": 0.0}], lr=config.lr, betas=config.betas
+    )
+    for _ in range(count):
+        set_rate(optim, 1.0)
+        for name in ours:
+            ours[name].grad = torch.randn_like(ours[name])
+            theirs[name].grad = ours[name].grad.clone()
+        optim.step()
+        torchs.step()
+    return ours, theirs
+
+
+def test_the_papers_optimiser_is_torchs() -> None:
+    ours, theirs = steps(OptimConfig(kind="adamw", lr=0.01, weight_decay=0.1, betas=(0.9, 0.98)))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_the_relative_optimiser_moves_rows_by_their_size() -> None:
+    start, (ours, _) = parameters(), steps(OptimConfig(lr=0.01), count=1)
+    moved = (ours["in_proj.weight"] - start["in_proj.weight"]).square().mean(1).sqrt()
+    size = start["in_proj.weight"].square().mean(1).sqrt()
+    assert float(moved[-1] / size[-1]) == pytest.approx(0.01, rel=1e-3)
+    assert moved[-1] > 100 * moved[0]
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_rates_rise_stay_and_fall_to_their_share(shape: str) -> None:
+    config = OptimConfig(warmup_percent=10, decay_percent=50, decay_shape=shape, final_lr_ratio=0.1)  # type: ignore[arg-type]
+    shares = [rate(step, 1000, config) for step in range(1000)]
+    assert all(a < b for a, b in itertools.pairwise(shares[:100]))
+    assert set(shares[101:500]) == {1.0}
+    assert all(a > b for a, b in itertools.pairwise(shares[500:]))
+    assert shares[-1] == pytest.approx(0.1, abs=3e-3)
+    quarter = {"linear": 0.775, "cosine": 0.868}[shape]
+    assert shares[625] == pytest.approx(quarter, abs=3e-3)
