@@ -6,15 +6,18 @@ tests/data/configs holds the facts of each config.json that decide a plan, in th
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ssmorph.convert.plan import resolve_layers
 from ssmorph.errors import UserError
 from ssmorph.stages import planning
-from ssmorph.stages.config import RunConfig
+from ssmorph.stages.config import CalibrateStage, LogitsStage, RunConfig, TrainStage
 from ssmorph.stages.planning import plan_of, print_plan
 from ssmorph.stages.recipe import load_recipe
 
@@ -95,9 +98,13 @@ def test_recipes_are_planned_against_stored_configs(recipe: Path, capsys: pytest
     becomes = [row["layer"] for row in found["layers"] if row["becomes"] == config.student.mixer]
     assert becomes == found["converted"]
     treatment = {row["feature"]: row["treatment"] for row in found["treatment"]}
-    assert treatment.keys() & SOMETIMES == model.features
-    assert treatment["RoPE"] == treatment["softmax"] == "dropped"
-    assert treatment["attention scale"] == ("exact" if config.student.mixer == "discrete_mamba2" else "dropped")
+    if getattr(config.stages[0], "init", None) == "random":
+        assert treatment["attention"] == "dropped"
+        assert not treatment.keys() & (SOMETIMES | {"RoPE", "attention scale"})
+    else:
+        assert treatment.keys() & SOMETIMES == model.features
+        assert treatment["RoPE"] == treatment["softmax"] == "dropped"
+        assert treatment["attention scale"] == ("exact" if config.student.mixer == "discrete_mamba2" else "dropped")
     assert json.loads(json.dumps(found)) == found
     print_plan(found)
     assert "sliding window" in capsys.readouterr().out or "sliding window" not in treatment
@@ -114,11 +121,26 @@ def test_stored_configs_give_the_models_known_sizes(name: str) -> None:
     assert parameters / 1e6 == pytest.approx(MODELS[name].millions, rel=0.005)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_known_sizes_are_those_that_transformers_builds(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(STORED / name))
+    table = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    assert (model.num_parameters() - table) / 1e6 == pytest.approx(MODELS[name].millions, rel=1e-3)
+
+
 def test_mohawks_hybrid_keeps_the_papers_four_layers() -> None:
     _, config, found = plan(CONFIGS / "phi" / "phi-1.5-mohawk-hybrid.yaml")
     assert sorted(set(range(24)) - set(found["converted"])) == [4, 10, 16, 22]
     tokens = [stage["tokens"] for stage in found["estimate"]["stages"].values()]
-    assert tokens == [0, 80_000_000, 160_000_000, 2_760_000_000]
+    assert tokens == [0, 80_000_000, 160_000_000, 4_760_000_000]
+    assert sum(tokens) == 5_000_000_000
+    whole = load_recipe(CONFIGS / "phi" / "phi-1.5-mohawk.yaml")
+    assert [getattr(stage, "tokens", 0) for stage in whole.stages] == [0, 80_000_000, 160_000_000, 2_760_000_000]
+    assert isinstance(config.stages[-1], LogitsStage)
+    assert isinstance(whole.stages[-1], LogitsStage)
+    assert replace(config.stages[-1], tokens=1) == replace(whole.stages[-1], tokens=1)
+    assert config.stages[:-1] == whole.stages[:-1]
     assert [getattr(stage, "loss", None) for stage in config.stages] == [None, "frobenius", "l2", "kl"]
 
 
@@ -163,3 +185,26 @@ def test_laptop_recipes_need_no_gpu_and_fit() -> None:
         _, config, found = plan(recipe)
         assert config.device == "cpu"
         assert found["estimate"]["memory_gib"] < 8
+
+
+STUDY = sorted((CONFIGS / "study").glob("*.yaml"))
+
+
+def test_the_studys_recipes_differ_in_method_alone() -> None:
+    assert [p.stem for p in STUDY] == ["mambainllama", "matvlm", "mohawk", "ours", "radlads"]
+    configs = [load_recipe(p) for p in STUDY]
+    assert len({c.run_dir for c in configs}) == len(configs)
+    for c in configs:
+        same = replace(c, run_dir="", stages=configs[0].stages, student=replace(c.student, mixer="mamba2"))
+        assert same == replace(configs[0], run_dir="")
+        assert all(stage.batch == 1 for stage in c.stages if isinstance(stage, TrainStage))
+
+
+@pytest.mark.parametrize(("budget", "spent"), [(10_000, 9_728), (30_000, 29_696), (100_000, 99_840)])
+def test_the_studys_budgets_are_spent_alike_with_calibration_counted(budget: int, spent: int) -> None:
+    for recipe in STUDY:
+        reading = [
+            s for s in load_recipe(recipe, [f"budget={budget}"]).stages if isinstance(s, CalibrateStage | TrainStage)
+        ]
+        assert all(stage.tokens >= 512 for stage in reading)
+        assert sum(stage.tokens for stage in reading) == spent, recipe.stem
