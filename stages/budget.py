@@ -19,16 +19,16 @@ def spread(config: RunConfig, budget: int) -> RunConfig:
     reading = [s for s in config.stages if isinstance(s, CalibrateStage | TrainStage)]
     if not reading:
         raise fail("budget", "needs a stage that reads tokens", budget, "Leave it out.")
-    given, left = [], budget
-    for stage in reading:
-        unit = _step(stage, config.data.window)
-        share = budget * stage.tokens / sum(s.tokens for s in reading)
-        steps = left // unit if stage is reading[-1] else max(_fewest(stage), round(share / unit))
-        given.append(steps * unit)
-        left -= given[-1]
-    if left < 0 or given[-1] < _fewest(reading[-1]) * _step(reading[-1], config.data.window):
-        floor = sum(_fewest(s) * _step(s, config.data.window) for s in reading)
-        raise fail("budget", f"every stage needs a step, {floor} tokens together", budget, "Raise it, or drop a stage.")
+    units = [_step(stage, config.data.window) for stage in reading]
+    floors = [_fewest(stage) * unit for stage, unit in zip(reading, units, strict=True)]
+    if budget < sum(floors):
+        raise fail("budget", f"every stage needs a step, {sum(floors)} tokens together", budget, "Raise it.")
+    given: list[int] = []
+    whole = sum(stage.tokens for stage in reading)
+    for i, (stage, unit) in enumerate(zip(reading, units, strict=True)):
+        most = (budget - sum(given) - sum(floors[i + 1 :])) // unit
+        wanted = most if i + 1 == len(reading) else round(budget * stage.tokens / whole / unit)
+        given.append(unit * max(_fewest(stage), min(wanted, most)))
     tokens = iter(given)
     stages: list[Stage] = [
         s if isinstance(s, SurgeryStage) else dataclasses.replace(s, tokens=next(tokens)) for s in config.stages

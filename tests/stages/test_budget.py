@@ -36,6 +36,8 @@ def load(folder: Path, stages: str, *overrides: str) -> RunConfig:
         (THREE, 30_000, [800, 1600, 27_600]),
         (THREE, 3_000, [100, 200, 2_700]),
         (THREE, 399, [100, 100, 100]),
+        (THREE.replace("2760", "80"), 499, [100, 200, 100]),
+        (THREE.replace("160", "2000").replace("2760", "80"), 400, [100, 200, 100]),
         (FITTED, 3_050, [1_000, 2_000]),
         (FITTED, 500, [400, 100]),
     ],
