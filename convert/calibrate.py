@@ -20,10 +20,11 @@ from .capture import MixerCall, attention_rows, captured, first_hidden, layer_kw
 from .families import FamilySpec
 from .headfit import HeadFit, balanced_basis, fit_heads
 from .linearise import fill_norm, open_gate, shrink_taps
-from .mixers import Mixer
+from .mixers import Mixer, ScanMixer, WindowedMixer
 from .mixers.mamba2 import Mamba2Mixer
 from .moments import Moments
 from .start import conv_bias, conv_rows, set_decay
+from .windowfit import fit_state
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # share of the windows that choose the ridge and decide whether the fit is accepted
@@ -106,6 +107,7 @@ class _Layer:
         self.teacher_layer = spec.decoder_layers(teacher)[index]
         self.student_layer = spec.decoder_layers(student)[index]
         self.mixer: Mixer = student.mixers()[index]
+        self.attention_kwargs = {k: v for k, v in kwargs.items() if k not in ("attention_mask", "position_ids")}
 
     def fit(self, taught: list[Tensor], own: list[Tensor], judge: int) -> LayerFit:
         """Fits the mixer, then moves both hidden states behind the layer, in place."""
@@ -154,6 +156,10 @@ class _Layer:
     def _fit_heads(self, calls: list[MixerCall], inputs: list[Tensor]) -> None:
         """Writes the head fit into the mixer: rows of B and C, their constant channel, D and the decay."""
         mixer, shape = self.mixer, self.mixer.shape
+        if isinstance(mixer, WindowedMixer):
+            fit_state(mixer, inputs, [c.heads_BLE for c in calls], self.attention_kwargs)
+            return
+        assert isinstance(mixer, ScanMixer)
         few = max(1, HEAD_TOKENS // inputs[0][..., 0].numel())
         u_BLD = torch.cat(inputs[:few])
         heads_BLHP = torch.cat([c.heads_BLE for c in calls[:few]]).unflatten(-1, (shape.heads, -1))
@@ -174,11 +180,16 @@ class _Layer:
         weight, bias = self.mixer.out_proj.weight, self.mixer.out_proj.bias
         moments = Moments(weight.shape[1], weight.shape[0], weight.device)
         for u, y in zip(inputs, targets, strict=True):
-            moments.add(self.mixer.features(u), y if bias is None else y - bias)
+            moments.add(self._features(u), y if bias is None else y - bias)
         return moments
 
+    def _features(self, u_BLD: Tensor) -> Tensor:
+        if isinstance(self.mixer, WindowedMixer):
+            return self.mixer.features(u_BLD, **self.attention_kwargs)
+        return self.mixer.features(u_BLD)
 
-def _place_heads(mixer: Mixer, u_BLD: Tensor, heads_BLHP: Tensor, distance_H: Tensor | None) -> tuple[Tensor, HeadFit]:
+
+def _place_heads(mixer: ScanMixer, u_BLD: Tensor, heads_BLHP: Tensor, distance_H: Tensor | None) -> tuple[Tensor, HeadFit]:
     """Rotates B and C into their balanced basis, fits the heads, and gives the last channel to the constant.
 
     The convolution becomes the identity. Returns the constant channels' indices and the fit.

@@ -30,7 +30,7 @@ class SsmorphConfig(PreTrainedConfig):
 
     `text_config` is the teacher's config (transformers' name for a nested decoder, so that caches, masks and PEFT find
     it); `converted` maps a layer index to {"kind": mixer, "shape": sizes}; `places` says where the decoder layers are,
-    and where in a layer the mixer is.
+    where in a layer the mixer is, and where in an attention its output projection.
     """
 
     model_type = "ssmorph"
@@ -150,7 +150,8 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
         config._attn_implementation_internal = config.text_config._attn_implementation_internal
         self.config = config
         for index, (kind, shape) in config.layers().items():
-            set_mixer(self, config, index, make_mixer(kind, shape, index))
+            attention = self.get_submodule(mixer_path(config, index))
+            set_mixer(self, config, index, make_mixer(kind, shape, index, attention, config.places.get("out", "")))
 
     @torch.no_grad()
     def _init_weights(self: Any, module: nn.Module) -> None:
@@ -170,10 +171,15 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
     return type("SsmorphForCausalLM", (SsmorphForCausalLM, teacher_class), body)
 
 
+def mixer_path(config: SsmorphConfig, layer: int) -> str:
+    """Where in the model a layer's attention is, or the mixer in its place."""
+    assert config.places is not None
+    return f"{config.places['layers']}.{layer}.{config.places['mixer']}"
+
+
 def set_mixer(model: nn.Module, config: SsmorphConfig, layer: int, mixer: Mixer) -> None:
     """Puts a mixer into the place of a layer's attention."""
-    assert config.places is not None
-    path, _, name = f"{config.places['layers']}.{layer}.{config.places['mixer']}".rpartition(".")
+    path, _, name = mixer_path(config, layer).rpartition(".")
     setattr(model.get_submodule(path), name, mixer)
 
 
@@ -181,7 +187,7 @@ def hybrid_of(teacher: PreTrainedModel, mixers: dict[int, Mixer], version: str) 
     """A hybrid that shares every kept weight with `teacher` and has `mixers` in the converted layers."""
     converted = {str(i): {"kind": m.kind, "shape": m.shape.as_dict()} for i, m in sorted(mixers.items())}
     spec = family_of(teacher.config)
-    places = {"layers": spec.layers, "mixer": spec.mixer}
+    places = {"layers": spec.layers, "mixer": spec.mixer, "out": spec.out}
     # a copy: another attention for the hybrid, say, is not another for its teacher
     nested = copy.deepcopy(teacher.config)
     config = SsmorphConfig(text_config=nested, converted=converted, places=places, ssmorph_version=version)
