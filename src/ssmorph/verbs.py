@@ -31,7 +31,7 @@ def convert(
     """
     from .stages.recipe import load_recipe
 
-    config = load_recipe(recipe, overrides, **({"run_dir": run_dir} if run_dir else {}))
+    config = load_recipe(recipe, overrides, **({"run_dir": str(run_dir)} if run_dir else {}))
     from .stages import pipeline
 
     return pipeline.convert(config, until=until, start=start, say=say)
