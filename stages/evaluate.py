@@ -20,7 +20,7 @@ from .data import PackedData
 from .decode import decode_speed
 from .generation import continuations
 from .health import not_finite
-from .insight import internals, layers_added, who_works
+from .insight import ablations, internals
 from .probes import ask_tasks
 from .retrieval import FACTS, accuracy, make_probes
 from .scores import Candidate, Scores, by_position, score
@@ -112,10 +112,8 @@ def _inside(
     windows_WL = sets[0][1]
     few_WL = windows_WL[: max(1, suite.work_tokens // windows_WL.shape[1])]
     say(f"evaluate: states silenced, layers added, on {few_WL.numel()} tokens; then layer by layer")
-    work = who_works(teacher, hybrid, spec, few_WL)
     return {
-        "work": work,
-        "added": layers_added(teacher, hybrid, spec, few_WL, suite.added, work["models"]["hybrid"]),
+        **ablations(teacher, hybrid, spec, few_WL, suite.added),
         **internals(teacher, hybrid, spec, windows_WL[: max(1, suite.aligned_tokens // windows_WL.shape[1])], earlier),
     }
 

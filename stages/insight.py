@@ -20,35 +20,35 @@ from .silence import restored, silenced
 NARROW = 64
 
 
-def who_works(teacher: Any, hybrid: Any, spec: FamilySpec, windows_WL: Tensor) -> dict[str, Any]:
-    """Scores of the hybrid whole, with every state silenced, and with its kept attention narrowed to a short window."""
-    kept = [i for i in range(len(spec.decoder_layers(hybrid))) if i not in hybrid.mixers()]
-    candidates = [Candidate("hybrid", hybrid), Candidate("silenced", hybrid, partial(silenced, hybrid))]
-    if kept:
-        candidates.append(Candidate("narrowed", hybrid, partial(windowed, hybrid, spec, kept, NARROW)))
-    scored = score(teacher, candidates, windows_WL)
-    return {
-        "window": windows_WL.shape[1],
-        "narrow": {"tokens": NARROW, "sinks": SINKS, "layers": kept},
-        "models": {name: s.summary() for name, s in scored.items()},
-    }
-
-
-def layers_added(
-    teacher: Any, hybrid: Any, spec: FamilySpec, windows_WL: Tensor, points: int, whole: dict[str, float]
-) -> list[dict[str, Any]]:
-    """Scores with the first k converted layers converted and the teacher's attention in the others.
+def ablations(teacher: Any, hybrid: Any, spec: FamilySpec, windows_WL: Tensor, points: int) -> dict[str, Any]:
+    """Scores of hybrids with a part taken away.
 
     Args:
-        points: how many k between none and all.
-        whole: the scores with all of them.
+        points: how many numbers of converted layers, between none and all, are scored.
+
+    Returns:
+        `work`: the hybrid whole, with every state silenced, and with its kept attention narrowed to a short window.
+        `added`: with its first k converted layers alone, and the teacher's attention in the others.
     """
     layers = sorted(hybrid.mixers())
+    kept = [i for i in range(len(spec.decoder_layers(hybrid))) if i not in layers]
+    work = [Candidate("hybrid", hybrid), Candidate("silenced", hybrid, partial(silenced, hybrid))]
+    if kept:
+        work.append(Candidate("narrowed", hybrid, partial(windowed, hybrid, spec, kept, NARROW)))
     counts = sorted({round(len(layers) * i / (points + 1)) for i in range(1, points + 1)} - {0, len(layers)})
-    candidates = [Candidate(str(k), hybrid, partial(restored, hybrid, teacher, spec, layers[k:])) for k in counts]
-    scored = score(teacher, candidates, windows_WL) if candidates else {}
-    rows = [{"converted": k, **scored[str(k)].summary()} for k in counts]
-    return [*rows, {"converted": len(layers), **whole}]
+    added = [Candidate(str(k), hybrid, partial(restored, hybrid, teacher, spec, layers[k:])) for k in counts]
+    rows = {name: s.summary() for name, s in score(teacher, [*work, *added], windows_WL).items()}
+    return {
+        "work": {
+            "window": windows_WL.shape[1],
+            "narrow": {"tokens": NARROW, "sinks": SINKS, "layers": kept},
+            "models": {name: rows[name] for name in ["teacher", *(c.name for c in work)]},
+        },
+        "added": [
+            *({"converted": k, **rows[str(k)]} for k in counts),
+            {"converted": len(layers), **rows["hybrid"]},
+        ],
+    }
 
 
 def internals(
