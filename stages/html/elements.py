@@ -58,9 +58,9 @@ def figure(picture: Html, caption: Html) -> Html:
     return Html(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
 
 
-def figures(items: Iterable[Html]) -> Html:
-    """Figures beside one another where there is room."""
-    return Html(f'<div class="figures">{"".join(items)}</div>')
+def figures(items: Iterable[Html], kind: str = "") -> Html:
+    """Figures beside one another where there is room; `three` of a kind are made to fit into a row."""
+    return Html(f'<div class="figures {kind}">{"".join(items)}</div>')
 
 
 def details(summary: str, body: Html) -> Html:

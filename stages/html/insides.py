@@ -122,7 +122,7 @@ def matrices(run: RunFiles) -> Html | None:
     )
     note = "Error: at the matrix's best scale, 0 is equal, 1 has nothing in common. Pictures at reduced resolution."
     numbers = details("Errors of all layers", table("Heads' errors", ("layer", "best", "median", "worst"), rows))
-    return join([paragraph(words), paragraph(note), figures(pictures), numbers])
+    return join([paragraph(words), paragraph(note), figures(pictures, "three"), numbers])
 
 
 def _median(values: list[float]) -> float:

@@ -31,7 +31,7 @@ def line_plot(title: str, x_name: str, y_name: str, series: Sequence[Series], lo
         f'<span class="key"><i class="c{i % COLOURS}"></i>{escape(name)}</span>' for i, (name, _) in enumerate(kept)
     )
     lost = sum(len(points) for _, points in series) - len(everything)
-    note = f" {lost} points cannot be drawn." if lost else ""
+    note = f"; {lost} points cannot be drawn, being 0 or no number" if lost else ""
     legend = f'<span class="keys">{keys}</span>' if len(kept) > 1 else ""
     return figure(Html(svg), Html(f"{escape(title + note)}{legend}"))
 
@@ -90,7 +90,10 @@ class _Scale:
         if not self.log:
             return ticks(low, high)
         whole = [10.0**k for k in range(math.ceil(low), math.floor(high) + 1)]
-        return whole[:: max(1, len(whole) // 5)] if len(whole) > 1 else ticks(10**low, 10**high)
+        if len(whole) > 2:
+            return whole[:: max(1, len(whole) // 5)]
+        decades = range(math.floor(low), math.ceil(high) + 1)
+        return [m * 10.0**k for k in decades for m in (1, 2, 5) if low <= math.log10(m * 10.0**k) <= high]
 
 
 def _widened(low: float, high: float, share: float) -> tuple[float, float]:

@@ -185,7 +185,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path, copied: Path, capsys: p
 
 def test_a_plot_without_finite_points_and_round_ticks() -> None:
     assert "no finite number" in line_plot("t", "x", "y", [("a", [(0, float("nan"))])])
-    assert "1 points cannot be drawn" in line_plot("t", "x", "y", [("a", [(0, 0.0), (1, 2.0)])], log=True)
+    assert "1 points cannot be drawn, being 0" in line_plot("t", "x", "y", [("a", [(0, 0.0), (1, 2.0)])], log=True)
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert ticks(0.1, 0.32) == [0.1, 0.15, 0.2, 0.25, 0.3]
 
