@@ -241,5 +241,7 @@ def _finish(ctx: Context) -> None:
         ctx.tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(config, report, ctx.data, run))
     if report is not None:
-        run.write_json("report.json", {**report, "final": inspect_final(run.path / "final", ctx.tokenizer)})
+        inspected = inspect_final(run.path / "final", ctx.tokenizer)
+        if report.get("final") != inspected:
+            run.write_json("report.json", {**report, "final": inspected})
     ctx.say(f"done: {run.path / 'final'}")
