@@ -100,6 +100,20 @@ def evaluate_run(
     return reevaluate(Path(run_dir), suite, tokens, say)
 
 
+def report(run_dir: str | Path, suite: str | None = None) -> Path:
+    """Draws what was measured of a run into RUN/report.html: one file, no network. Measures nothing.
+
+    Args:
+        suite: whose numbers; left out, those of the full suite where it was run, else the run's own.
+
+    Raises:
+        ValueError: no run, or one that was not evaluated.
+    """
+    from .stages.html import write_report
+
+    return write_report(Path(run_dir), suite)
+
+
 def generate(
     folder: str | Path, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, chat: bool = False
 ) -> str:
