@@ -77,7 +77,7 @@ def best_rate(recipe: str) -> float | None:
 
 def perform(run: Run) -> None:
     """Converts and scores, then leaves the numbers alone."""
-    from ssmorph import convert
+    from ssmorph.verbs import convert
     from ssmorph.convert.teachers import load_teacher
     from ssmorph.stages.artifact import load_student
     from ssmorph.stages.data import PackedData
@@ -89,7 +89,7 @@ def perform(run: Run) -> None:
     if run.recipe in ALL_TRAINED:
         changes.append(f"stages.logits.optim.rest_lr={run.rate}")
     started = time.process_time()
-    convert(RECIPES / f"{run.recipe}.yaml", *changes, run_dir=folder, say=lambda text: None)
+    convert(RECIPES / f"{run.recipe}.yaml", *changes, run_dir=str(folder), say=lambda text: None)
     minutes = (time.process_time() - started) / 60
     teacher, _ = load_teacher("smollm2-135m")
     last = max((f for f in folder.iterdir() if f.name[0].isdigit()), key=lambda f: int(f.name.split("-")[0]))
