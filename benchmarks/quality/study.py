@@ -77,12 +77,12 @@ def best_rate(recipe: str) -> float | None:
 
 def perform(run: Run) -> None:
     """Converts and scores, then leaves the numbers alone."""
-    from ssmorph.verbs import convert
     from ssmorph.convert.teachers import load_teacher
     from ssmorph.stages.artifact import load_student
     from ssmorph.stages.data import PackedData
     from ssmorph.stages.evaluate import heldout_sets, suite_named
     from ssmorph.stages.scores import Candidate, score
+    from ssmorph.verbs import convert
 
     folder = RUNS / run.name
     changes = [f"budget={run.budget}", f"seed={run.seed}", "evaluate.suite=none", f"stages.logits.optim.lr={run.rate}"]

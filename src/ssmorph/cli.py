@@ -56,7 +56,7 @@ def plan(
     if as_json:
         print(json.dumps(result, indent=1))
         return
-    from .stages.planning import print_plan
+    from .stages.plan_table import print_plan
 
     print_plan(result)
 
