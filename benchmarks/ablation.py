@@ -14,9 +14,10 @@ import yaml
 from ssmorph.convert.teachers import load_teacher
 from ssmorph.stages.artifact import load_student
 from ssmorph.stages.data import PackedData
-from ssmorph.stages.evaluate import heldout_sets, suite_named
+from ssmorph.stages.evaluate import heldout_sets
 from ssmorph.stages.recipe import build
 from ssmorph.stages.scores import Candidate, score
+from ssmorph.stages.suite import suite_named
 
 
 def main(run: Path, tokens: int) -> None:

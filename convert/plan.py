@@ -1,8 +1,7 @@
-"""Which layers become which mixer, and what that costs in parameters and bytes of cache. Standard library only."""
+"""Which layers become which mixer, and what that costs in bytes of cache. Standard library only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import fail
@@ -38,23 +37,6 @@ def resolve_layers(layers: str | tuple[int, ...], total: int) -> tuple[int, ...]
     return tuple(sorted(layers))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerCost:
-    """One layer: what it becomes, its mixer's parameters, and bytes of its cache per token and in all."""
-
-    layer: int
-    mixer: str
-    parameters: int
-    bytes_per_token: int
-    bytes_fixed: int
-
-
-def attention_parameters(hidden: int, heads: int, kv_heads: int, head_dim: int, qkv_bias: bool, out_bias: bool) -> int:
-    """Parameters of q, k, v and o."""
-    rows = (heads + 2 * kv_heads) * head_dim
-    return rows * (hidden + qkv_bias) + heads * head_dim * hidden + hidden * out_bias
-
-
 def kv_bytes_per_token(attention: AttentionShape, itemsize: int) -> int:
     """Bytes one token adds to the cache of one attention layer."""
     return 2 * attention.kv_heads * attention.head_dim * itemsize
@@ -69,12 +51,3 @@ def cache_bytes(shape: MixerShape, itemsize: int) -> int:
         held = 2 * shape.window * shape.groups * shape.head_dim * itemsize
         return held + shape.groups * (shape.head_dim + 1) * shape.state * 4
     return shape.heads * shape.head_dim * shape.state * 4 + (shape.conv_kernel - 1) * shape.conv_channels * itemsize
-
-
-def mixer_parameters(kind: str, shape: MixerShape) -> int:
-    """Parameters of one mixer."""
-    projected = shape.inner + shape.conv_channels + shape.heads
-    common = projected * shape.hidden + shape.conv_channels * (shape.conv_kernel + 1) + shape.inner * shape.hidden
-    # mamba2: dt_bias, A_log, D and the norm; discrete_mamba2: a_bias, D and z_bias
-    vectors = {"mamba2": 3, "discrete_mamba2": 2}[kind] * shape.heads + shape.inner
-    return common + vectors + shape.hidden * shape.out_bias

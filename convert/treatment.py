@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from .counts import experts
 from .families import FamilySpec
 
 # factors outside attention, by the names that configs have for them
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier")
-EXPERTS = ("num_local_experts", "num_experts")
 
 
 class Treatment(NamedTuple):
@@ -109,11 +109,11 @@ def _windows(spec: FamilySpec, config: Any, layers: Sequence[int]) -> list[Treat
 def _untouched(spec: FamilySpec, config: Any) -> list[Treatment]:
     tied = "tied to the head" if getattr(config, "tie_word_embeddings", False) else "not tied to the head"
     rows = [Treatment("embeddings", "exact", f"untouched, {tied}"), Treatment("norms of layers", "exact", "untouched")]
-    experts = next((count for name in EXPERTS if (count := getattr(config, name, None))), None)
-    if experts is None:
+    count = experts(config)
+    if count is None:
         rows.append(Treatment("MLPs", "exact", "untouched"))
     else:
-        rows.append(Treatment("experts and router", "exact", f"{experts} in a layer, untouched"))
+        rows.append(Treatment("experts and router", "exact", f"{count} in a layer, untouched"))
     for name in MULTIPLIERS:
         factor = getattr(config, name, 1.0)
         if factor != 1:

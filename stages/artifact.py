@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ssmorph.convert.surgery import MixerChoice, start_mixer
 
 from .. import __version__
 from ..errors import fail
+from .config import RunConfig
 from .context import trained_parameters
 
 TENSORS, SIZES = "student.safetensors", "student.json"
@@ -62,6 +65,12 @@ def load_student(folder: Path, teacher: Any, own_rest: bool) -> Any:
                 )
             parameters[name].copy_(tensor)
     return student
+
+
+def earlier_students(run: Path, config: RunConfig, teacher: Any) -> list[tuple[str, Callable[[], Any]]]:
+    """The name of every stage of a finished run but the last, and what loads the student it left."""
+    names = config.stage_names()[:-1]
+    return [(name, partial(load_student, run / name / "student", teacher, own_rest=False)) for name in names]
 
 
 def copied_student(

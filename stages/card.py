@@ -7,8 +7,9 @@ from typing import Any
 from .config import RunConfig, TrainStage
 from .data import PackedData
 from .recipe import dump
-from .report import NAMES, verdict
+from .report import NAMES, against_window
 from .rundir import RunDir
+from .verdict import verdict
 
 LIMITS = """A recurrent state cannot be cropped: assisted generation and static caches are refused. Batched prompts are
 padded on the left; generation cannot continue from a right-padded prompt."""
@@ -43,6 +44,7 @@ def model_card(config: RunConfig, report: dict[str, Any] | None, data: PackedDat
             numbers = f"{row['perplexity']:.2f} | {row['perplexity'] / base:.2f} | {row['kl']:.3f} | {row['top1']:.3f}"
             lines.append(f"| {NAMES[name]} | {numbers} |")
         lines.append("")
-    lines += verdict(report) if report else ["Not evaluated."]
+    lines += [*against_window(report), ""] if report else ["Not evaluated."]
+    lines += [f"- Warning, {w.name}: {w.text}" for w in verdict(report or {})]
     lines += ["", "## Limits", "", LIMITS, "", "## Recipe", "", "```yaml", dump(config).strip(), "```", ""]
     return "\n".join(lines)

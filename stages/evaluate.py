@@ -1,10 +1,9 @@
-"""The one evaluator: teacher, hybrid and three untrained controls on the same held-out text."""
+"""The one evaluator: teacher, hybrid and untrained controls on the same text, and the hybrid's insides."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,44 +14,21 @@ from ssmorph.convert.families import FamilySpec, attention_shape
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import MixerChoice, start_mixer
 
+from .alignment import Loader
 from .controls import SINKS, equal_window, removed, windowed
 from .data import PackedData
 from .decode import decode_speed
+from .generation import continuations
+from .health import not_finite
+from .insight import ablations, internals
+from .probes import ask_tasks
 from .retrieval import FACTS, accuracy, make_probes
-from .scores import Candidate, by_position, score
+from .scores import Candidate, Scores, by_position, score
+from .silence import own_window
+from .suite import Suite
 
-
-@dataclass(frozen=True, kw_only=True)
-class Suite:
-    """How much is measured. Tokens are per held-out set; `lengths` are window lengths."""
-
-    tokens: int
-    domain_tokens: int
-    lengths: tuple[int, ...]
-    retrieval_distances: tuple[int, ...]
-    retrieval_probes: int
-    decode_contexts: tuple[int, ...]
-
-
-def suite_named(name: str, tokens: int, window: int) -> Suite:
-    """`short` fits into the demo; `full` adds long windows by position, retrieval over distance, and 16k decoding."""
-    if name == "short":
-        return Suite(
-            tokens=tokens,
-            domain_tokens=tokens // 2,
-            lengths=(window,),
-            retrieval_distances=(128,),
-            retrieval_probes=16,
-            decode_contexts=(512, 4096),
-        )
-    return Suite(
-        tokens=4 * tokens,
-        domain_tokens=tokens,
-        lengths=(window, 2048),
-        retrieval_distances=(64, 256, 512, 1024),
-        retrieval_probes=32,
-        decode_contexts=(512, 4096, 16384),
-    )
+# tokens of a prompt to continue
+PROMPT = 32
 
 
 @torch.no_grad()
@@ -67,11 +43,12 @@ def evaluate(
     controls: bool = True,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
+    earlier: Sequence[tuple[str, Loader]] = (),
 ) -> dict[str, Any]:
     """Everything report.json holds, as plain lists and numbers.
 
-    Perplexity, KL(teacher || model) and top-1 agreement on held-out documents and on the held-out domain; retrieval;
-    decode speed. Seconds spent are reported too.
+    Args:
+        earlier: the name of each stage before the last, and what loads the student that it left.
     """
     started = time.monotonic()
     layers = sorted(hybrid.mixers())
@@ -80,18 +57,26 @@ def evaluate(
     window_tokens = _window(teacher, hybrid) if layers else 0
     report: dict[str, Any] = {
         "converted": layers,
+        "layers": len(spec.decoder_layers(teacher)),
         "window_control": {"tokens": window_tokens, "sinks": SINKS},
+        "not_finite": not_finite(hybrid),
         "text": [],
     }
     for length in suite.lengths:
-        for name, windows_WL in heldout_sets(data, length, suite):
-            say(f"evaluate: {name}, {windows_WL.numel()} tokens in windows of {length}")
-            scored = score(teacher, candidates if name != data.domain_name else candidates[:1], windows_WL)
-            rows = {k: {**s.summary(), "by_position": by_position(s)} for k, s in scored.items()}
-            report["text"].append({"set": name, "window": length, "models": rows})
+        for name, sources in heldout_sources(data, length, suite):
+            size = sum(w.numel() for w in sources.values())
+            say(f"evaluate: {name}, {size} tokens in windows of {length}")
+            some = candidates if name != data.domain_name or suite.domain_controls else candidates[:1]
+            report["text"].append({"set": name, "window": length, **_scored(teacher, some, sources)})
+    report |= _inside(teacher, hybrid, spec, data, suite, earlier, say) if layers else {}
     report["retrieval"] = _retrieval(
         teacher, [c for c in candidates if c.name in ("hybrid", "window")], data, tokenizer, suite, seed
     )
+    report["tasks"] = _tasks(
+        [Candidate("teacher", teacher), *(c for c in candidates if c.name in ("hybrid", "window"))],
+        data, tokenizer, suite, seed, say,
+    )  # fmt: skip
+    report["generation"] = _generation(teacher, hybrid, data, tokenizer, suite, say)
     report["decode"] = {
         name: [decode_speed(model, context) for context in suite.decode_contexts]
         for name, model in (("teacher", teacher), ("hybrid", hybrid))
@@ -100,21 +85,60 @@ def evaluate(
     return report
 
 
-def heldout_sets(data: PackedData, length: int, suite: Suite) -> list[tuple[str, Tensor]]:
-    """(name, windows): all held-out documents together, in equal parts from each source, then the untrained domain."""
+def _scored(teacher: Any, candidates: list[Candidate], sources: dict[str, Tensor]) -> dict[str, Any]:
+    """Rows of all sources together, by position, and of each source apart."""
+    parts = {name: score(teacher, candidates, windows_WL) for name, windows_WL in sources.items()}
+    names = next(iter(parts.values()))
+    merged = {model: Scores.merged([p[model] for p in parts.values()]) for model in names}
+    return {
+        "models": {model: {**s.summary(), "by_position": by_position(s)} for model, s in merged.items()},
+        "by_source": {name: {model: s.summary() for model, s in p.items()} for name, p in parts.items()},
+    }
+
+
+def _inside(
+    teacher: Any,
+    hybrid: Any,
+    spec: FamilySpec,
+    data: PackedData,
+    suite: Suite,
+    earlier: Sequence[tuple[str, Loader]],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What needs mixers: who does the work, layers added one by one, matrices and alignment."""
+    sets = heldout_sets(data, suite.lengths[0], suite)
+    if not sets:
+        return {}
+    windows_WL = sets[0][1]
+    few_WL = windows_WL[: max(1, suite.work_tokens // windows_WL.shape[1])]
+    say(f"evaluate: states silenced, layers added, on {few_WL.numel()} tokens; then layer by layer")
+    return {
+        **ablations(teacher, hybrid, spec, few_WL, suite.added),
+        **internals(teacher, hybrid, spec, windows_WL[: max(1, suite.aligned_tokens // windows_WL.shape[1])], earlier),
+    }
+
+
+def heldout_sources(data: PackedData, length: int, suite: Suite) -> list[tuple[str, dict[str, Tensor]]]:
+    """Held-out documents, in equal parts from each source, then the untrained domain: (name, windows by source)."""
     names = [n for n in data.heldout_names() if n != data.domain_name]
     share = max(length, suite.tokens // max(1, len(names)))
-    parts = [data.heldout_windows(n, length, share) for n in names]
-    sets = (
-        [("held-out documents", torch.cat([p for p in parts if len(p)])[: max(1, suite.tokens // length)])]
-        if names
-        else []
-    )
+    left = max(1, suite.tokens // length)
+    together: dict[str, Tensor] = {}
+    for name in names:
+        windows_WL = data.heldout_windows(name, length, share)[:left]
+        if len(windows_WL):
+            together[name] = windows_WL
+        left -= len(windows_WL)
+    sets = [("held-out documents", together)]
     if data.domain_name is not None:
-        sets.append(
-            (data.domain_name, data.heldout_windows(data.domain_name, length, max(length, suite.domain_tokens)))
-        )
-    return [(name, windows) for name, windows in sets if len(windows)]
+        windows_WL = data.heldout_windows(data.domain_name, length, max(length, suite.domain_tokens))
+        sets.append((data.domain_name, {data.domain_name: windows_WL} if len(windows_WL) else {}))
+    return [(name, sources) for name, sources in sets if sources]
+
+
+def heldout_sets(data: PackedData, length: int, suite: Suite) -> list[tuple[str, Tensor]]:
+    """(name, windows) of `heldout_sources`, the sources of a set together."""
+    return [(name, torch.cat(list(sources.values()))) for name, sources in heldout_sources(data, length, suite)]
 
 
 def _window(teacher: Any, hybrid: Any) -> int:
@@ -127,9 +151,15 @@ def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, layers: list[int], se
     torch.manual_seed(seed)
     copies = {i: start_mixer(teacher, spec, i, MixerChoice.of(m)) for i, m in mixers.items()}
     tokens = _window(teacher, hybrid)
+    own = own_window(next(iter(mixers.values())))
+    shorter = []
+    if own is not None:
+        cut = partial(windowed, teacher, spec, layers, sum(own), own[1])
+        shorter.append(Candidate("own_window", teacher, cut))
     return [
         Candidate("copy", hybrid_of(teacher, copies, "control")),
         Candidate("removed", teacher, partial(removed, teacher, spec, layers)),
+        *shorter,
         Candidate("window", teacher, partial(windowed, teacher, spec, layers, tokens)),
     ]
 
@@ -137,13 +167,42 @@ def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, layers: list[int], se
 def _retrieval(
     teacher: Any, candidates: list[Candidate], data: PackedData, tokenizer: Any, suite: Suite, seed: int
 ) -> list[dict[str, Any]]:
-    names = [n for n in data.heldout_names() if n != data.domain_name]
-    if not names or not suite.retrieval_probes:
+    filler = _filler(data)
+    if not len(filler) or not suite.retrieval_probes:
         return []
-    filler = torch.cat([data.heldout_windows(n, 64, 8192).flatten() for n in names])
     rows = []
     for distance in suite.retrieval_distances:
         probes = make_probes(tokenizer, filler, distance, suite.retrieval_probes, seed)
         models = {c.name: accuracy(c, probes) for c in [Candidate("teacher", teacher), *candidates]}
         rows.append({"distance": distance, "probes": len(probes), "chance": 1 / FACTS, "models": models})
     return rows
+
+
+def _filler(data: PackedData) -> Tensor:
+    """Held-out text to hide facts in; empty where there is none."""
+    parts = [data.heldout_windows(n, 64, 8192).flatten() for n in data.heldout_names() if n != data.domain_name]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+
+
+def _tasks(
+    candidates: list[Candidate], data: PackedData, tokenizer: Any, suite: Suite, seed: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    filler = _filler(data)
+    if not len(filler) or not suite.task_probes:
+        return []
+    return ask_tasks(candidates, tokenizer, filler, suite.task_lengths, suite.task_depths, suite.task_probes, seed, say)
+
+
+def _generation(
+    teacher: Any, hybrid: Any, data: PackedData, tokenizer: Any, suite: Suite, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    sets = heldout_sets(data, PROMPT, suite)
+    if not sets:
+        return None
+    windows_WL = sets[0][1]
+    # spread over the sources, which follow one another
+    chosen = torch.linspace(0, len(windows_WL) - 1, min(suite.prompts, len(windows_WL))).long()
+    say(f"evaluate: {len(chosen)} continuations of {suite.new_tokens} tokens")
+    return continuations(
+        teacher, {"teacher": teacher, "hybrid": hybrid}, tokenizer, windows_WL[chosen], suite.new_tokens
+    )

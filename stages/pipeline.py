@@ -24,7 +24,7 @@ from ssmorph.convert.teachers import load_config, load_teacher
 
 from .. import __version__
 from ..errors import fail
-from .artifact import copied_student, load_student, save_student
+from .artifact import copied_student, earlier_students, load_student, save_student
 from .calibrate import run_calibrate
 from .card import model_card
 from .checkpoint import tensor_errors
@@ -42,12 +42,14 @@ from .config import (
 )
 from .context import Context, stop_signals
 from .data import open_or_pack
-from .evaluate import evaluate, suite_named
+from .evaluate import evaluate
+from .health import inspect_final
 from .hidden import run_hidden
 from .logits import run_logits
 from .mixing import run_mixing
 from .recipe import difference, dump, load_saved
 from .rundir import RunDir, atomic_folder, atomic_write, disk_errors, remove_folder
+from .suite import suite_named
 from .threads import choose_threads
 from .tracking import make_tracker
 
@@ -237,11 +239,17 @@ def _finish(ctx: Context) -> None:
     if config.evaluate.suite != "none" and (report is None or report.get("stamp") != stamp):
         suite = suite_named(config.evaluate.suite, config.evaluate.tokens, config.data.window)
         report = evaluate(ctx.teacher, ctx.student, ctx.spec, ctx.data, ctx.tokenizer, suite,
-                          controls=config.evaluate.controls, seed=config.seed, say=say)  # fmt: skip
-        run.write_json("report.json", {"stamp": stamp, **report})
+                          controls=config.evaluate.controls, seed=config.seed, say=say,
+                          earlier=earlier_students(run.path, config, ctx.teacher))  # fmt: skip
+        report = {"stamp": stamp, **report}
+        run.write_json("report.json", report)
     ctx.stop.check()
     with atomic_folder(run.path / "final") as partial, tensor_errors(run.path / "final"):
         ctx.student.save_pretrained(partial)
         ctx.tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(config, report, ctx.data, run))
+    if report is not None:
+        inspected = inspect_final(run.path / "final", ctx.tokenizer)
+        if report.get("final") != inspected:
+            run.write_json("report.json", {**report, "final": inspected})
     ctx.say(f"done: {run.path / 'final'}")

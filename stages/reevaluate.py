@@ -12,11 +12,14 @@ from ssmorph.convert.families import family_of
 from ssmorph.convert.teachers import load_teacher
 
 from ..errors import fail
-from .artifact import load_student
+from .artifact import earlier_students, load_student
+from .config import as_dict
 from .data import open_or_pack
-from .evaluate import evaluate, suite_named
+from .evaluate import evaluate
+from .health import inspect_final
 from .recipe import load_saved
 from .rundir import RunDir
+from .suite import suite_named
 
 
 def reevaluate(folder: Path, suite: str, tokens: int | None, say: Callable[[str], None]) -> dict[str, Any]:
@@ -32,6 +35,12 @@ def reevaluate(folder: Path, suite: str, tokens: int | None, say: Callable[[str]
         data = open_or_pack(config.data, tokenizer, folder / "data", say)
         measured = evaluate(teacher, student, family_of(teacher.config), data, tokenizer,
                             suite_named(suite, tokens or config.evaluate.tokens, config.data.window),
-                            controls=config.evaluate.controls, seed=config.seed, say=say)  # fmt: skip
+                            controls=config.evaluate.controls, seed=config.seed, say=say,
+                            earlier=earlier_students(folder, config, teacher))  # fmt: skip
+        done = run.done(config.stage_names()[-1])
+        assert done is not None
+        wanted = {**as_dict(config.evaluate), "suite": suite, "tokens": tokens or config.evaluate.tokens}
+        measured["stamp"] = {"artifact": done["artifact"], "evaluate": wanted}
+        measured["final"] = inspect_final(folder / "final", tokenizer)
         run.write_json(f"report-{suite}.json", measured)
     return measured

@@ -1,4 +1,4 @@
-"""Draws report.json: the terminal table and the loss curves. Measures nothing itself."""
+"""Draws report.json in the terminal, and the loss curves. Measures nothing itself."""
 
 from __future__ import annotations
 
@@ -7,26 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from .verdict import verdict
 
 NAMES = {
     "teacher": "teacher",
     "hybrid": "hybrid",
     "copy": "control: copy, untrained",
     "removed": "control: attention removed",
+    "own_window": "control: the layer's own window",
     "window": "control: window of equal bytes",
 }
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """Teacher, hybrid and controls; then retrieval and decoding; then one honest sentence."""
+    """Teacher, hybrid and controls; then retrieval and decoding; then the window and the warnings."""
     for text in report["text"]:
         console.print(_text_table(text))
     if report["retrieval"]:
         console.print(_retrieval_table(report["retrieval"]))
     console.print(_decode_table(report["decode"]))
-    for line in verdict(report):
+    for line in against_window(report):
         console.print(line)
+    for warning in verdict(report):
+        console.print(f"[bold]warning, {warning.name}:[/bold] {escape(warning.text)}")
 
 
 def _text_table(text: dict[str, Any]) -> Table:
@@ -69,7 +75,7 @@ def _decode_table(decode: dict[str, list[dict[str, float]]]) -> Table:
     return table
 
 
-def verdict(report: dict[str, Any]) -> list[str]:
+def against_window(report: dict[str, Any]) -> list[str]:
     """Whether the hybrid beats the window of equal bytes, and where."""
     lines = []
     for text in report["text"]:

@@ -6,6 +6,7 @@ The verbs of the command line are functions here, imported on first use, so that
     plan(target)                                  what a conversion would do and cost
     status(run_dir)                               how far a run is
     evaluate_run(run_dir, suite="full")           measure a finished run again
+    report(run_dir)                               the measurements as one HTML file
     generate(folder, prompt)                      text from a converted hybrid
     doctor()                                      what works on this machine
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "convert", "doctor", "evaluate_run", "generate", "pack", "plan", "status"]
+__all__ = ["__version__", "convert", "doctor", "evaluate_run", "generate", "pack", "plan", "report", "status"]
 
 
 def __getattr__(name: str) -> Any:

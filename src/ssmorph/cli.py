@@ -37,6 +37,7 @@ def convert(
     if (path / "report.json").is_file() and until is None:
         _print_report(json.loads((path / "report.json").read_text()))
         _curves(path)
+        print(f"report: {verbs.report(path)}")
 
 
 def plan(
@@ -55,7 +56,7 @@ def plan(
     if as_json:
         print(json.dumps(result, indent=1))
         return
-    from .stages.planning import print_plan
+    from .stages.plan_table import print_plan
 
     print_plan(result)
 
@@ -84,6 +85,16 @@ def evaluate(
         tokens: held-out tokens, instead of the recipe's number.
     """
     _print_report(verbs.evaluate_run(run, suite, tokens, _line))
+
+
+def report(run: tyro.conf.Positional[str], suite: Literal["short", "full"] | None = None) -> None:
+    """Draw what was measured of a run into one HTML file, report.html, with a verdict in words.
+
+    Args:
+        run: a run directory.
+        suite: whose numbers; left out, those of the full suite where it was run.
+    """
+    print(verbs.report(run, suite))
 
 
 def generate(
@@ -165,8 +176,8 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command; returns its exit code."""
     app = tyro.extras.SubcommandApp()
     commands: dict[str, Callable[..., None]] = {
-        "convert": convert, "plan": plan, "status": status, "eval": evaluate, "generate": generate,
-        "data-pack": data_pack, "doctor": doctor,
+        "convert": convert, "plan": plan, "status": status, "eval": evaluate, "report": report,
+        "generate": generate, "data-pack": data_pack, "doctor": doctor,
     }  # fmt: skip
     for name, function in commands.items():
         app.command(name=name)(function)

@@ -31,7 +31,7 @@ def convert(
     """
     from .stages.recipe import load_recipe
 
-    config = load_recipe(recipe, overrides, **({"run_dir": run_dir} if run_dir else {}))
+    config = load_recipe(recipe, overrides, **({"run_dir": str(run_dir)} if run_dir else {}))
     from .stages import pipeline
 
     return pipeline.convert(config, until=until, start=start, say=say)
@@ -98,6 +98,20 @@ def evaluate_run(
     from .stages.reevaluate import reevaluate
 
     return reevaluate(Path(run_dir), suite, tokens, say)
+
+
+def report(run_dir: str | Path, suite: str | None = None) -> Path:
+    """Draws what was measured of a run into RUN/report.html: one file, no network. Measures nothing.
+
+    Args:
+        suite: whose numbers; left out, those of the full suite where it was run, else the run's own.
+
+    Raises:
+        ValueError: no run, or one that was not evaluated.
+    """
+    from .stages.html import write_report
+
+    return write_report(Path(run_dir), suite)
 
 
 def generate(

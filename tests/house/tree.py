@@ -27,7 +27,8 @@ def ours(folder: Path) -> Iterator[Path]:
 
 def shipped() -> list[str]:
     """Paths, relative to the wheel's root, of every file a wheel has to hold."""
-    inside = [path for room in ROOMS for path in ours(ROOT / room) if path.suffix in {".py", ".yaml", ".c", ".h"}]
+    kinds = {".py", ".yaml", ".c", ".h", ".css"}
+    inside = [path for room in ROOMS for path in ours(ROOT / room) if path.suffix in kinds]
     names = [path.relative_to(ROOT).as_posix() for path in inside]
     names += [path.name for path in PACKAGE.glob("*.py")]
     return sorted(f"ssmorph/{name}" for name in [*names, "py.typed"])

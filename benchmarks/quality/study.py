@@ -1,0 +1,149 @@
+"""What a token of training buys: our recipe against the peers', on one model, data and seed.
+
+`python -m benchmarks.quality.study` runs what is missing, smallest budgets first, and prints the table of what is there;
+`--table` prints it alone, `--part i/n` does every n-th run, for several processes at once. Every run's result is one file under
+benchmarks/quality/results; a run that was stopped goes on from its last checkpoint.
+
+SmolLM2-135M, 15 of 30 layers, windows of 512. Each recipe's rate is chosen at 10k tokens among three (its results are
+there to see), then used at 30k and 100k. Perplexity and KL on held-out documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RECIPES = Path("configs/study")
+RESULTS = Path(__file__).parent / "results"
+RUNS = Path("runs/study")
+# the rates tried for the stage that trains on logits; peers train all weights with absolute steps
+RATES = {
+    "ours": (4e-4, 8e-4, 1.6e-3),
+    "mohawk": (1e-4, 3e-4, 1e-3),
+    "mambainllama": (1e-4, 3e-4, 1e-3),
+    "matvlm": (3e-4, 1e-3, 3e-3),
+    "radlads": (1e-4, 3e-4, 1e-3),
+}
+# trained beside the mixers, at the same rate
+ALL_TRAINED = ("mohawk", "mambainllama", "radlads")
+TUNING, SEEDS, BUDGETS = 10_000, (0, 1), (30_000, 100_000)
+HELD_OUT = 8192
+
+
+class Run(NamedTuple):
+    """One conversion."""
+
+    recipe: str
+    budget: int
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As its files are called."""
+        return f"{self.recipe}-{self.budget // 1000}k-{self.rate:g}-seed{self.seed}"
+
+    def result(self) -> dict[str, Any] | None:
+        """What it came to, if it is done."""
+        file = RESULTS / f"{self.name}.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+
+def runs() -> Iterator[Run]:
+    """Every run of the study that can be named yet: the larger ones wait for the rates."""
+    yield from (Run(recipe, TUNING, rate, 0) for recipe, rates in RATES.items() for rate in rates)
+    for budget in BUDGETS:
+        for seed in SEEDS:
+            for recipe in RATES:
+                rate = best_rate(recipe)
+                if rate is not None:
+                    yield Run(recipe, budget, rate, seed)
+
+
+def best_rate(recipe: str) -> float | None:
+    """The rate of the lowest KL at the smallest budget, once all were tried."""
+    tried = [(Run(recipe, TUNING, rate, 0).result(), rate) for rate in RATES[recipe]]
+    done = [(result["kl"], rate) for result, rate in tried if result is not None]
+    return min(done)[1] if len(done) == len(tried) else None
+
+
+def perform(run: Run) -> None:
+    """Converts and scores, then leaves the numbers alone."""
+    from ssmorph.convert.teachers import load_teacher
+    from ssmorph.stages.artifact import load_student
+    from ssmorph.stages.data import PackedData
+    from ssmorph.stages.evaluate import heldout_sets, suite_named
+    from ssmorph.stages.scores import Candidate, score
+    from ssmorph.verbs import convert
+
+    folder = RUNS / run.name
+    changes = [f"budget={run.budget}", f"seed={run.seed}", "evaluate.suite=none", f"stages.logits.optim.lr={run.rate}"]
+    if run.recipe in ALL_TRAINED:
+        changes.append(f"stages.logits.optim.rest_lr={run.rate}")
+    started = time.process_time()
+    convert(RECIPES / f"{run.recipe}.yaml", *changes, run_dir=str(folder), say=lambda text: None)
+    minutes = (time.process_time() - started) / 60
+    teacher, _ = load_teacher("smollm2-135m")
+    last = max((f for f in folder.iterdir() if f.name[0].isdigit()), key=lambda f: int(f.name.split("-")[0]))
+    student = load_student(last / "student", teacher, own_rest=False)
+    data = PackedData(folder / "data")
+    _, windows_WL = heldout_sets(data, 512, suite_named("short", HELD_OUT, 512))[0]
+    scores = score(teacher, [Candidate("hybrid", student)], windows_WL)
+    teacher_row, row = scores["teacher"].summary(), scores["hybrid"].summary()
+    result = {
+        **run._asdict(),
+        "ratio": row["perplexity"] / teacher_row["perplexity"],
+        "kl": row["kl"],
+        "top1": row["top1"],
+        "teacher_perplexity": teacher_row["perplexity"],
+        "held_out_tokens": row["tokens"],
+        "cpu_minutes": round(minutes, 1),
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.processor() or platform.machine(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    partial = RESULTS / f"{run.name}.partial"
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(RESULTS / f"{run.name}.json")
+    shutil.rmtree(folder)
+
+
+def main() -> None:
+    """The runs that are missing, then the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--part", default="0/1")
+    arguments = parser.parse_args()
+    part, parts = map(int, arguments.part.split("/"))
+    speeds: list[float] = []
+    while not arguments.table:
+        todo = [run for i, run in enumerate(runs()) if run.result() is None and i % parts == part]
+        if not todo:
+            break
+        left = sum(run.budget for run in todo) / (sum(speeds) / len(speeds)) / 60 if speeds else math.nan
+        print(f"{todo[0].name}: {len(todo)} runs to do, about {left:.0f} min", flush=True)
+        started = time.monotonic()
+        perform(todo[0])
+        speeds.append(todo[0].budget / (time.monotonic() - started))
+    print_table()
+
+
+def print_table() -> None:
+    """What is there: a row for each run."""
+    for run in runs():
+        result = run.result()
+        if result is not None:
+            numbers = f"x teacher {result['ratio']:8.3f}  KL {result['kl']:6.3f}  top-1 {result['top1']:.3f}"
+            print(f"{run.name:32} {numbers}  {result['cpu_minutes']:.1f} CPU-minutes")
+
+
+if __name__ == "__main__":
+    main()

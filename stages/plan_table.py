@@ -1,0 +1,65 @@
+"""The plan on the terminal: what planning.py found, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ssmorph.convert.treatment import name_layers
+
+# a speed to name beside operations, where no card could be measured
+NAMED_TFLOPS = 100
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """The plan on the terminal: a table of the layers, one of what becomes of the teacher's features, the estimate."""
+    console = Console()
+    table = Table(title=f"{plan['teacher']} ({plan['family']}), cache in float32")
+    for column in ("layer", "becomes", "parameters", "cache per token", "cache fixed"):
+        table.add_column(column, justify="left" if column == "becomes" else "right")
+    for row in plan["layers"]:
+        window = f" up to {row['cache_tokens']:,}" if row["cache_tokens"] is not None else ""
+        per_token = f"{row['cache_bytes_per_token']:,} B{window}"
+        cells = [str(row["layer"]), row["becomes"], f"{row['parameters']:,}", per_token]
+        table.add_row(*cells, f"{row['cache_bytes_fixed']:,} B")
+    console.print(table)
+    console.print(
+        f"{len(plan['converted'])} layers converted: {plan['teacher_parameters']:,} parameters become"
+        f" {plan['parameters']:,} ({plan['parameters_added']:+,})."
+    )
+    console.print(
+        f"From {plan['smaller_from_tokens']} tokens of context on, a converted layer's cache is the smaller one."
+    )
+    if plan["never_smaller"]:
+        console.print(
+            f"Not in {name_layers(plan['never_smaller'])}: the sliding window keeps attention's cache smaller."
+        )
+    _print_treatment(console, plan)
+    console.print(
+        f"Stock architecture it would fit: {plan['stock_export_fits'] or 'none'} (export itself is not built yet)."
+    )
+    _print_estimate(console, plan["estimate"])
+
+
+def _print_treatment(console: Console, plan: dict[str, Any]) -> None:
+    features = Table("feature", "is", "how", title="What becomes of the teacher")
+    for row in plan["treatment"]:
+        features.add_row(row["feature"], row["treatment"], row["note"])
+    console.print(features)
+
+
+def _print_estimate(console: Console, estimate: dict[str, Any]) -> None:
+    for name, stage in estimate["stages"].items():
+        time = "" if stage["minutes"] is None else f", about {stage['minutes']} min here"
+        console.print(f"  {name:14} {stage['tokens']:>13,} tokens  {stage['pflop']:g} PFLOP{time}")
+    if estimate["minutes"] is None:
+        hours = estimate["pflop"] * 1e3 / NAMED_TFLOPS / 3600
+        console.print(
+            f"{estimate['pflop']:g} PFLOP. Their time on {estimate['device']} is not known: no card was measured."
+            f" At {NAMED_TFLOPS} TFLOP/s it would be {hours:.3g} hours."
+        )
+    else:
+        console.print(f"About {estimate['minutes']} min on the CPU here ({estimate['matmul_gflops']} GFLOP/s).")
+    console.print(f"{estimate['memory_gib']} GiB in float32.")

@@ -1,0 +1,79 @@
+"""Hybrids with a part taken away, to see who does the work: the states, or only some of the converted layers.
+
+B batch, L length, D model width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmorph.convert.families import FamilySpec
+from ssmorph.convert.mixers import Mixer
+
+# a decay whose exponential is 0 in float32: nothing of the state outlives a token
+FORGET = -110.0
+
+
+@contextlib.contextmanager
+def silenced(hybrid: Any) -> Iterator[None]:
+    """While open, converted layers see the present token alone: state and convolution cache are 0 at every token.
+
+    Every token becomes a document of its own, which mixers already know how to keep apart. A mixer that keeps a window
+    of attention keeps it: only its state forgets.
+    """
+
+    def part(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        hidden_BLD = args[0] if args else kwargs["hidden_states"]
+        starts_BL = torch.zeros(hidden_BLD.shape[:2], dtype=torch.long, device=hidden_BLD.device)
+        return args, {**kwargs, "position_ids": starts_BL}
+
+    with contextlib.ExitStack() as stack:
+        for mixer in hybrid.mixers().values():
+            if own_window(mixer) is None:
+                handle = mixer.register_forward_pre_hook(part, with_kwargs=True)
+                stack.callback(handle.remove)
+            else:
+                stack.enter_context(stateless(mixer))
+        yield
+
+
+@contextlib.contextmanager
+def stateless(mixer: Mixer) -> Iterator[None]:
+    """While open, the mixer's recurrent state holds the present token alone; its convolution works on."""
+    decay = mixer._decay
+
+    def forgetful(decay_BLH: Tensor) -> tuple[Tensor, Tensor | None]:
+        log_a_BLH, w_BLH = decay(decay_BLH)
+        return torch.full_like(log_a_BLH, FORGET), w_BLH
+
+    mixer._decay = forgetful  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del mixer._decay
+
+
+@contextlib.contextmanager
+def restored(hybrid: Any, teacher: Any, spec: FamilySpec, layers: list[int]) -> Iterator[None]:
+    """While open, `layers` of the hybrid have the teacher's attention again."""
+    own, taught = spec.decoder_layers(hybrid), spec.decoder_layers(teacher)
+    path, _, name = spec.mixer.rpartition(".")
+    before = {i: own[i].get_submodule(spec.mixer) for i in layers}
+    try:
+        for i in layers:
+            setattr(own[i].get_submodule(path), name, taught[i].get_submodule(spec.mixer))
+        yield
+    finally:
+        for i, mixer in before.items():
+            setattr(own[i].get_submodule(path), name, mixer)
+
+
+def own_window(mixer: Mixer) -> tuple[int, int] | None:
+    """(tokens, sinks) of the attention that a mixer keeps beside its state; None for one without."""
+    window = getattr(mixer, "window", None)
+    return None if window is None else (int(window), int(getattr(mixer, "sinks", 0)))
