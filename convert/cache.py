@@ -78,7 +78,8 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
-        return [self.conv_states[0], self.recurrent_states[0]] if self.is_recurrent_states_initialized[0] else []
+        kept = (self.conv_states[0], self.recurrent_states[0])
+        return [t for t in kept if t is not None]
 
     def _map(self, change) -> None:  # type: ignore[no-untyped-def]
         if self.is_recurrent_states_initialized[0]:
@@ -109,7 +110,7 @@ class WindowCacheLayer(MixerCacheLayer):
 
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
-        return [*(self.held or ()), *([self.recurrent_states[0]] if self.is_recurrent_states_initialized[0] else [])]
+        return [*(self.held or ()), *(t for t in [self.recurrent_states[0]] if t is not None)]
 
     def _map(self, change) -> None:  # type: ignore[no-untyped-def]
         if self.held is not None:

@@ -138,16 +138,16 @@ class _Layer:
     def _fit(self, calls: list[MixerCall], inputs: list[Tensor], targets: list[Tensor], judge: int) -> LayerFit:
         mixer, split = self.mixer, len(inputs) - judge
         before = {name: p.clone() for name, p in mixer.named_parameters()}
-        error_copy = self._moments(inputs[split:], targets[split:]).error(mixer.out_proj.weight)
+        error_copy = self._moments(inputs[split:], targets[split:]).error(mixer.output().weight)
         self._fit_heads(calls[:split], inputs[:split])
-        prior = mixer.out_proj.weight.detach().clone()
+        prior = mixer.output().weight.detach().clone()
         train, held = self._moments(inputs[:split], targets[:split]), self._moments(inputs[split:], targets[split:])
         solved = [(ridge, train.solve(ridge, prior)) for ridge in RIDGES]
         ridge, weight = min(solved, key=lambda choice: held.error(choice[1]))
         error = held.error(weight)
         accepted = error < min(error_copy, ERROR_REMOVED)
         if accepted:
-            mixer.out_proj.weight.copy_(weight)
+            mixer.output().weight.copy_(weight)
         else:
             for name, p in mixer.named_parameters():
                 p.copy_(before[name])
@@ -177,7 +177,7 @@ class _Layer:
             fill_norm(mixer, inputs[:few], [c.heads_BLE for c in calls[:few]])
 
     def _moments(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Moments:
-        weight, bias = self.mixer.out_proj.weight, self.mixer.out_proj.bias
+        weight, bias = self.mixer.output().weight, self.mixer.output().bias
         moments = Moments(weight.shape[1], weight.shape[0], weight.device)
         for u, y in zip(inputs, targets, strict=True):
             moments.add(self._features(u), y if bias is None else y - bias)
@@ -186,10 +186,13 @@ class _Layer:
     def _features(self, u_BLD: Tensor) -> Tensor:
         if isinstance(self.mixer, WindowedMixer):
             return self.mixer.features(u_BLD, **self.attention_kwargs)
+        assert isinstance(self.mixer, ScanMixer)
         return self.mixer.features(u_BLD)
 
 
-def _place_heads(mixer: ScanMixer, u_BLD: Tensor, heads_BLHP: Tensor, distance_H: Tensor | None) -> tuple[Tensor, HeadFit]:
+def _place_heads(
+    mixer: ScanMixer, u_BLD: Tensor, heads_BLHP: Tensor, distance_H: Tensor | None
+) -> tuple[Tensor, HeadFit]:
     """Rotates B and C into their balanced basis, fits the heads, and gives the last channel to the constant.
 
     The convolution becomes the identity. Returns the constant channels' indices and the fit.

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..errors import fail
 from .bundle import write_bundle
 from .families import family_of
-from .mixers import Mixer, MixerShape, make_mixer
+from .mixers import Mixer, MixerShape, State, make_mixer
 from .mixers.mamba2 import GatedNorm
 
 
@@ -149,14 +149,15 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
         teacher_class.__init__(self, config.text_config, *args, **kwargs)
         config._attn_implementation_internal = config.text_config._attn_implementation_internal
         self.config = config
+        out = (config.places or {}).get("out", "")
         for index, (kind, shape) in config.layers().items():
             attention = self.get_submodule(mixer_path(config, index))
-            set_mixer(self, config, index, make_mixer(kind, shape, index, attention, config.places.get("out", "")))
+            set_mixer(self, config, index, make_mixer(kind, shape, index, attention, out))
 
     @torch.no_grad()
     def _init_weights(self: Any, module: nn.Module) -> None:
         teacher_class._init_weights(self, module)
-        if isinstance(module, Mixer):
+        if isinstance(module, (Mixer, State)):
             for name, parameter in module.named_parameters(recurse=False):
                 (init.ones_ if name == "D" else init.zeros_)(parameter)
         if isinstance(module, GatedNorm):

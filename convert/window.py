@@ -1,6 +1,6 @@
 """Softmax over a short window and a few sinks, and over everything older at once through what a scan remembers of it.
 
-A query sees the last R tokens, the first S of its document (the sinks), and tokens that left the window as one more mass:
+A query sees the last R tokens, the first S of its document (the sinks), and what left the window as one more mass:
 
     out_t = (sum_near exp(l_ts) v_s + C_t Y_t) / (sum_near exp(l_ts) + C_t Z_t)
 
@@ -84,11 +84,14 @@ class Window:
         self.sink_BE = self.valid_BE & (self.rank_BE < self.sinks)
         self.place_BMS = self._places()
 
-    def near(self, q_BHLP: Tensor, scale: float, softcap: float | None = None) -> Near:
-        """Attention over the window and the sinks, before it is divided by its mass; float32."""
+    def near(self, q_BHLP: Tensor, scale: float, softcap: float | None = None, logit_H: Tensor | None = None) -> Near:
+        """Attention over the window and the sinks, before it is divided by its mass; float32.
+
+        `logit_H` is one more logit of each head, which takes mass and has no value (learned sinks).
+        """
         blocks_BHKCW = self._window_logits(q_BHLP, scale, softcap)
         sinks_BHLT = self._sink_logits(q_BHLP, scale, softcap)
-        batch, heads, count, block, width = blocks_BHKCW.shape
+        count, block, width = blocks_BHKCW.shape[2:]
         top_BHL = blocks_BHKCW.amax(-1).flatten(2)[..., : self.length]
         if sinks_BHLT.shape[-1]:
             top_BHL = torch.maximum(top_BHL, sinks_BHLT.amax(-1))
@@ -106,6 +109,8 @@ class Window:
             grouped = weight_BHLT.unflatten(1, (v_BGTP.shape[1], -1))
             values_BHLP = values_BHLP + (grouped @ v_BGTP.unsqueeze(2)).flatten(1, 2)
             mass_BHL = mass_BHL + weight_BHLT.sum(-1)
+        if logit_H is not None:
+            mass_BHL = mass_BHL + torch.exp(logit_H.float()[:, None] - top_BHL)
         return Near(values_BHLP, mass_BHL, top_BHL)
 
     def leaving(self) -> Leaving:
@@ -130,13 +135,15 @@ class Window:
             _gather(torch.cat([old, new], dim=2), place_BS)
             for old, new in ((self.held.sink_k_BGSP, self.k_BGEP), (self.held.sink_v_BGSP, self.v_BGEP))
         ]
-        ranks_BE = self.rank_BE if last_B is None else self.rank_BE.masked_fill(self.segment_BE != last_B[:, None], -1)
-        seen_B = torch.where(self.valid_BE, ranks_BE + 1, 0).amax(1)
+        mine_BE = self.valid_BE
+        if self.segment_BE is not None:
+            mine_BE = mine_BE & (self.segment_BE == self.segment_BE[:, -1:])
+        seen_B = torch.where(mine_BE, self.rank_BE + 1, 0).amax(1)
         if last_B is None:
             # a call of padding alone leaves the count as it was
             seen_B = torch.maximum(seen_B, self.held.seen_B)
-        ring = (t[:, :, self.length :].clone() for t in (self.k_BGEP, self.v_BGEP))
-        return Held(*ring, valid_BR.clone(), *slots, place_BS >= 0, seen_B)
+        k_BGRP, v_BGRP = (t[:, :, self.length :].clone() for t in (self.k_BGEP, self.v_BGEP))
+        return Held(k_BGRP, v_BGRP, valid_BR.clone(), slots[0], slots[1], place_BS >= 0, seen_B)
 
     def _ranks(self) -> Tensor:
         """How many tokens of its document came before each, [B, E]."""
@@ -150,7 +157,7 @@ class Window:
         return count_BE - 1 - before_BE.cummax(1).values
 
     def _places(self) -> Tensor:
-        """Where each document's sinks are among slots and tokens that may leave in this call, [B, M, S]; -1: nowhere."""
+        """Where each document's sinks are, among slots and tokens that may leave now, [B, M, S]; -1: nowhere."""
         batch, device = len(self.valid_BE), self.valid_BE.device
         documents = 1 if self.segment_BE is None else int(self.segment_BE.max()) + 1
         place = torch.full((batch, documents * self.sinks + 1), -1, dtype=torch.long, device=device)

@@ -41,29 +41,26 @@ def fit_state(
         heads_BLE: what should reach its output projection.
         kwargs: the attention's other arguments, RoPE's tables among them.
     """
-    if not mixer.shape.state:
+    if mixer.state is None:
         return
     calls = [attended(mixer, u, kwargs) for u in inputs]
     scale = calls[0][3]
     k_GTP = torch.cat([k.transpose(0, 1).flatten(1, 2) for _, k, *_ in calls], dim=1)
     _place(mixer, k_GTP.float(), scale)
-    mixer.gate.fill_(1)
+    mixer.state.gate.fill_(1)
     gates_V = torch.tensor(GATES, device=k_GTP.device)
     error_VH = torch.zeros(len(GATES), mixer.shape.heads, dtype=torch.float64, device=k_GTP.device)
     for (q, k, v, scale, softcap, sinks_H), taught in zip(calls, heads_BLE, strict=True):
         held = empty(k, mixer.shape.window - mixer.shape.sinks, mixer.shape.sinks)
         window = Window(held, k, v, None, None)
-        near = window.near(q, scale, softcap)
+        near = window.near(q, scale, softcap, sinks_H)
         shrink, far, _ = mixer.far(q, window, near.top_BHL, softcap, None)
-        mass = near.mass_BHL
-        if sinks_H is not None:
-            mass = mass + torch.exp(sinks_H.float()[:, None] - near.top_BHL)
-        values, mass = near.values_BHLP * shrink.unsqueeze(-1), mass * shrink
+        values, mass = near.values_BHLP * shrink.unsqueeze(-1), near.mass_BHL * shrink
         target = taught.unflatten(-1, (mixer.shape.heads, -1)).transpose(1, 2)
         for i, gate in enumerate(gates_V):
             own = (values + gate * far[..., :-1]) / (mass + gate * far[..., -1]).unsqueeze(-1)
             error_VH[i] += (own - target).double().square().sum((0, 2, 3))
-    mixer.gate.copy_(gates_V[error_VH.argmin(0)])
+    mixer.state.gate.copy_(gates_V[error_VH.argmin(0)])
 
 
 def attended(mixer: WindowedMixer, hidden_BLD: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -80,16 +77,17 @@ def attended(mixer: WindowedMixer, hidden_BLD: Tensor, kwargs: dict[str, Any]) -
 
 
 def _place(mixer: WindowedMixer, k_GTP: Tensor, scale: float) -> None:
-    repeat = mixer.shape.heads // mixer.shape.groups
+    state, repeat = mixer.state, mixer.shape.heads // mixer.shape.groups
+    assert state is not None
     centres_GNP, spread_G = prototypes(k_GTP, mixer.shape.state)
     sharp_G11 = (SHARP / spread_G.clamp_min(1e-12))[:, None, None]
-    mixer.key_map.copy_(2 * sharp_G11 * centres_GNP)
-    mixer.key_bias.copy_(-(sharp_G11 * centres_GNP.square()).sum(-1))
-    mixer.query_map.copy_((scale * centres_GNP).repeat_interleave(repeat, dim=0))
-    mixer.query_bias.zero_()
-    mixer.dt_map.zero_()
-    mixer.dt_bias.copy_(inverse_softplus(torch.ones_like(mixer.dt_bias, dtype=torch.float64)))
-    mixer.A_log.fill_(-math.log(DISTANCE))
+    state.key_map.copy_(2 * sharp_G11 * centres_GNP)
+    state.key_bias.copy_(-(sharp_G11 * centres_GNP.square()).sum(-1))
+    state.query_map.copy_((scale * centres_GNP).repeat_interleave(repeat, dim=0))
+    state.query_bias.zero_()
+    state.dt_map.zero_()
+    state.dt_bias.copy_(inverse_softplus(torch.ones_like(state.dt_bias, dtype=torch.float64)))
+    state.A_log.fill_(-math.log(DISTANCE))
 
 
 def prototypes(k_GTP: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +95,7 @@ def prototypes(k_GTP: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     A centre that no key is closest to stays where it was.
     """
-    groups, tokens, _ = k_GTP.shape
+    tokens = k_GTP.shape[1]
     generator = torch.Generator().manual_seed(0)
     start = torch.randint(tokens, (count,), generator=generator)
     if tokens >= count:

@@ -266,7 +266,7 @@ class RunConfig:
         if self.student.mixer in WINDOWED:
             _require(copies, "stages.surgery.init", "a window is of the attention's own copy",
                      getattr(self.stages[0], "init", None), "Use copy.")  # fmt: skip
-            _require("mixing" not in kinds, "stages", "mixing needs a mixing matrix, which a window and its state have not",
+            _require("mixing" not in kinds, "stages", "a window with a state behind it has no mixing matrix",
                      self.student.mixer, "Use calibrate, hidden and logits.")  # fmt: skip
         frobenius = any(isinstance(s, MixingStage) and s.loss == "frobenius" for s in self.stages)
         _require(not (frobenius and self.student.mixer == "mamba2"), "stages.mixing.loss",

@@ -10,11 +10,11 @@ from ...errors import fail, nearest
 from .base import Mixer, MixerShape, ScanInputs, ScanMixer
 from .discrete_mamba2 import DiscreteMamba2Mixer
 from .mamba2 import Mamba2Mixer
-from .windowed import WindowedMixer, WindowMixer
+from .windowed import State, WindowedMixer, WindowMixer
 
 MIXERS: dict[str, Any] = {m.kind: m for m in (Mamba2Mixer, DiscreteMamba2Mixer, WindowedMixer, WindowMixer)}
 
-__all__ = ["MIXERS", "Mixer", "MixerShape", "ScanInputs", "ScanMixer", "WindowedMixer", "make_mixer"]
+__all__ = ["MIXERS", "Mixer", "MixerShape", "ScanInputs", "ScanMixer", "State", "WindowedMixer", "make_mixer"]
 
 
 def make_mixer(kind: str, shape: MixerShape, layer: int, attention: nn.Module, out: str) -> Mixer:

@@ -1,4 +1,4 @@
-"""What student mixers share, and what those that are a Mamba-2 layer alone do: projection, causal convolution, scan, caches, padding and packed documents.
+"""What student mixers share, and for a Mamba-2 layer alone: projection, convolution, scan, caches, padding, packing.
 
 B batch, L length, D model width, H heads, G groups, P head width, N state width, C convolved channels, E = H*P.
 """
@@ -75,6 +75,10 @@ class Mixer(nn.Module, ABC):
         """[B, L, D] to ([B, L, D], None): the pair a self-attention returns, without attention weights."""
 
     @abstractmethod
+    def output(self) -> nn.Linear:
+        """The projection that ends the mixer; what it says is linear in this one's input."""
+
+    @abstractmethod
     def synthetic_cache(self, tokens: int) -> MixerCacheLayer:
         """A cache as large as it is after `tokens` tokens of one row, for measurements of speed and bytes."""
 
@@ -107,7 +111,7 @@ class ScanMixer(Mixer):
     def _finish(self, y_BLE: Tensor, gate_BLE: Tensor) -> Tensor:
         """Gate and norm after the scan; [B, L, E]."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -137,6 +141,10 @@ class ScanMixer(Mixer):
         else:
             y_BLHP = self._scan(channels, decay, valid_BL, segment_BL, cache)
         return self._finish(y_BLHP.flatten(-2), gate)
+
+    def output(self) -> nn.Linear:
+        """out_proj."""
+        return self.out_proj
 
     def synthetic_cache(self, tokens: int) -> MixerCacheLayer:
         """A cache as large as it is after `tokens` tokens of one row, for measurements of speed and bytes."""

@@ -32,8 +32,24 @@ FUNCTION = "ssmorph_windowed"
 # a prototype may outweigh the window's largest score by e^30 before sums are scaled by it
 HEADROOM = 30.0
 
-# what an attention was made of: queries [B, H, L, P], keys, values [B, G, L, P], scale, soft cap, sink logits [H]
+# queries [B, H, L, P], keys and values [B, G, L, P], scale, soft cap, sink logits [H] to what is attended, [B, L, H, P]
 Attend = Callable[[Tensor, Tensor, Tensor, float, float | None, Tensor | None], Tensor]
+
+
+class State(nn.Module):
+    """The parameters of the state: where keys write, where queries read, step and decay, and how far it is heard."""
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__()
+        heads, groups, states, width = shape.heads, shape.groups, shape.state, shape.head_dim
+        self.key_map = nn.Parameter(torch.zeros(groups, states, width))
+        self.key_bias = nn.Parameter(torch.zeros(groups, states))
+        self.query_map = nn.Parameter(torch.zeros(heads, states, width))
+        self.query_bias = nn.Parameter(torch.zeros(heads, states))
+        self.dt_map = nn.Parameter(torch.zeros(groups, width))
+        self.dt_bias = nn.Parameter(torch.zeros(groups))
+        self.A_log = nn.Parameter(torch.zeros(groups))
+        self.gate = nn.Parameter(torch.zeros(heads))
 
 
 class WindowedMixer(Mixer):
@@ -45,38 +61,29 @@ class WindowedMixer(Mixer):
         super().__init__(shape, layer_idx)
         _register()
         # a config of its own, which alone says that this attention calls our function
-        attention.config = copy.copy(attention.config)
-        attention.config._attn_implementation_internal = FUNCTION
+        config: Any = copy.copy(attention.config)
+        config._attn_implementation_internal = FUNCTION
+        attention.config = config
         self.attention = attention
         self.out_name = out
-        heads, groups, states, width = shape.heads, shape.groups, shape.state, shape.head_dim
-        if states:
-            self.key_map = nn.Parameter(torch.zeros(groups, states, width))
-            self.key_bias = nn.Parameter(torch.zeros(groups, states))
-            self.query_map = nn.Parameter(torch.zeros(heads, states, width))
-            self.query_bias = nn.Parameter(torch.zeros(heads, states))
-            self.dt_map = nn.Parameter(torch.zeros(groups, width))
-            self.dt_bias = nn.Parameter(torch.zeros(groups))
-            self.A_log = nn.Parameter(torch.zeros(groups))
-            self.gate = nn.Parameter(torch.zeros(heads))
+        self.state = State(shape) if shape.state else None
 
     def synthetic_cache(self, tokens: int) -> WindowCacheLayer:
         """A cache as large as it is after `tokens` tokens of one row, for measurements of speed and bytes."""
-        shape, weight = self.shape, self.out_proj.weight
+        shape, weight = self.shape, self.output().weight
         layer = WindowCacheLayer()
         state = weight.new_zeros(1, shape.groups, shape.head_dim + 1, shape.state, dtype=torch.float32)
         held = empty(weight.new_zeros(1, shape.groups, 0, shape.head_dim), shape.window - shape.sinks, shape.sinks)
         layer.keep(held, state if shape.state else None, tokens)
         return layer
 
-    @property
-    def out_proj(self) -> nn.Linear:
+    def output(self) -> nn.Linear:
         """The attention's output projection."""
         out = self.attention.get_submodule(self.out_name)
         assert isinstance(out, nn.Linear)
         return out
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -85,7 +92,7 @@ class WindowedMixer(Mixer):
         layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """[B, L, D] to ([B, L, D], None); the decoder's other arguments, RoPE's tables among them, go to the attention."""
+        """[B, L, D] to ([B, L, D], None); other arguments, RoPE's tables among them, go to the attention."""
         valid_BL = padding_mask(attention_mask, hidden_states.shape[1])
         cache = cache_layer(
             layer_past if past_key_values is None else past_key_values, self.layer_idx, WindowCacheLayer
@@ -93,20 +100,15 @@ class WindowedMixer(Mixer):
         segment_BL = segments(position_ids)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-
-        def attend(
-            q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
-        ) -> Tensor:
-            return self._attend(q, k, v, scale, softcap, sinks, valid_BL, segment_BL, cache)
-
-        return self.call_attention(hidden_states, attend, kwargs), None
+        return self.call_attention(hidden_states, self._answer(valid_BL, segment_BL, cache), kwargs), None
 
     def features(self, hidden_BLD: Tensor, **kwargs: Any) -> Tensor:
         """What enters the attention's output projection, [B, L, E]; whole documents without padding."""
         kept: list[Tensor] = []
+        answer = self._answer(None, None, None)
 
         def attend(*arguments: Any) -> Tensor:
-            kept.append(self._attend(*arguments, valid_BL=None, segment_BL=None, cache=None))
+            kept.append(answer(*arguments))
             return kept[0]
 
         self.call_attention(hidden_BLD, attend, kwargs)
@@ -120,35 +122,34 @@ class WindowedMixer(Mixer):
         finally:
             del self.attention.__dict__["attend"]
 
-    def _attend(
-        self,
-        q_BHLP: Tensor,
-        k_BGLP: Tensor,
-        v_BGLP: Tensor,
-        scale: float,
-        softcap: float | None,
-        sinks_H: Tensor | None,
-        valid_BL: Tensor | None,
-        segment_BL: Tensor | None,
-        cache: WindowCacheLayer | None,
-    ) -> Tensor:
-        held = state = None
-        if cache is not None and cache.held is not None:
-            held, state = cache.held, cache.recurrent_states[0]
-        held = empty(k_BGLP, self.shape.window - self.shape.sinks, self.shape.sinks) if held is None else held
-        window = Window(held, k_BGLP, v_BGLP, valid_BL, segment_BL)
-        near = window.near(q_BHLP, scale, softcap)
-        values_BHLP, mass_BHL, final = near.values_BHLP, near.mass_BHL, None
-        if sinks_H is not None:
-            mass_BHL = mass_BHL + torch.exp(sinks_H.float()[:, None] - near.top_BHL)
-        if self.shape.state:
-            shrink_BHL, far_BHLQ, final = self.far(q_BHLP, window, near.top_BHL, softcap, state)
-            values_BHLP = values_BHLP * shrink_BHL.unsqueeze(-1) + far_BHLQ[..., :-1]
-            mass_BHL = mass_BHL * shrink_BHL + far_BHLQ[..., -1]
-        if cache is not None:
-            cache.keep(window.hold(), final, q_BHLP.shape[2])
-        tiny = torch.finfo(torch.float32).tiny
-        return (values_BHLP / mass_BHL.clamp_min(tiny).unsqueeze(-1)).transpose(1, 2).to(q_BHLP.dtype)
+    def _answer(self, valid_BL: Tensor | None, segment_BL: Tensor | None, cache: WindowCacheLayer | None) -> Attend:
+        """What stands for the softmax in one call of the attention."""
+
+        def attend(
+            q_BHLP: Tensor,
+            k_BGLP: Tensor,
+            v_BGLP: Tensor,
+            scale: float,
+            softcap: float | None,
+            sinks_H: Tensor | None,
+        ) -> Tensor:
+            held = state = None
+            if cache is not None and cache.held is not None:
+                held, state = cache.held, cache.recurrent_states[0]
+            held = held or empty(k_BGLP, self.shape.window - self.shape.sinks, self.shape.sinks)
+            window = Window(held, k_BGLP, v_BGLP, valid_BL, segment_BL)
+            near = window.near(q_BHLP, scale, softcap, sinks_H)
+            values_BHLP, mass_BHL, final = near.values_BHLP, near.mass_BHL, None
+            if self.state is not None:
+                shrink_BHL, far_BHLQ, final = self.far(q_BHLP, window, near.top_BHL, softcap, state)
+                values_BHLP = values_BHLP * shrink_BHL.unsqueeze(-1) + far_BHLQ[..., :-1]
+                mass_BHL = mass_BHL * shrink_BHL + far_BHLQ[..., -1]
+            if cache is not None:
+                cache.keep(window.hold(), final, q_BHLP.shape[2])
+            tiny = torch.finfo(torch.float32).tiny
+            return (values_BHLP / mass_BHL.clamp_min(tiny).unsqueeze(-1)).transpose(1, 2).to(q_BHLP.dtype)
+
+        return attend
 
     def far(
         self, q_BHLP: Tensor, window: Window, top_BHL: Tensor, softcap: float | None, state_BGQN: Tensor | None
@@ -159,19 +160,20 @@ class WindowedMixer(Mixer):
             The factor by which the window's sums shrink where a prototype outweighs them; the far values and their
             mass, [B, H, L, P + 1]; the state after the last token, [B, G, P + 1, N], float32.
         """
-        left, groups = window.leaving(), self.shape.groups
-        repeat = self.shape.heads // groups
-        logits_BHLN = torch.einsum("bhlp,hnp->bhln", q_BHLP.float(), self.query_map.float())
-        logits_BHLN = logits_BHLN + self.query_bias.float()[:, None]
+        left, own = window.leaving(), self.state
+        assert own is not None
+        repeat = self.shape.heads // self.shape.groups
+        logits_BHLN = torch.einsum("bhlp,hnp->bhln", q_BHLP.float(), own.query_map.float())
+        logits_BHLN = logits_BHLN + own.query_bias.float()[:, None]
         if softcap is not None:
             logits_BHLN = softcap * torch.tanh(logits_BHLN / softcap)
         over_BHL = torch.maximum(top_BHL, logits_BHLN.detach().amax(-1) - HEADROOM)
-        C_BHLN = torch.exp(logits_BHLN - over_BHL.unsqueeze(-1)) * self.gate.float().clamp_min(0)[:, None, None]
+        C_BHLN = torch.exp(logits_BHLN - over_BHL.unsqueeze(-1)) * own.gate.float().clamp_min(0)[:, None, None]
         if left.own_BL is not None:
             C_BHLN = C_BHLN * left.own_BL[:, None, :, None]
         k_BGLP, v_BGLP = left.k_BGLP.float(), left.v_BGLP.float()
-        scores_BGLN = torch.einsum("bglp,gnp->bgln", k_BGLP, self.key_map.float()) + self.key_bias.float()[:, None]
-        dt_BGL = F.softplus(torch.einsum("bglp,gp->bgl", k_BGLP, self.dt_map.float()) + self.dt_bias.float()[:, None])
+        scores_BGLN = torch.einsum("bglp,gnp->bgln", k_BGLP, own.key_map.float()) + own.key_bias.float()[:, None]
+        dt_BGL = F.softplus(torch.einsum("bglp,gp->bgl", k_BGLP, own.dt_map.float()) + own.dt_bias.float()[:, None])
         dt_BGL = dt_BGL * left.enters_BL.unsqueeze(1)
         x_BGLQ = F.pad(v_BGLP, (0, 1), value=1.0)
 
@@ -181,7 +183,7 @@ class WindowedMixer(Mixer):
 
         y_BLHQ, final = ssd(
             each(x_BGLQ),
-            each(-dt_BGL * self.A_log.float().exp()[:, None]),
+            each(-dt_BGL * own.A_log.float().exp()[:, None]),
             each(scores_BGLN.softmax(-1)),
             C_BHLN.transpose(1, 2),
             w_BLH=each(dt_BGL),

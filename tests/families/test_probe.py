@@ -14,8 +14,8 @@ from ssmorph.convert.calibrate import CalibrationOptions, calibrate
 from ssmorph.convert.families import FAMILIES, family_of
 from ssmorph.convert.families.probe import probe, tiny_model
 from ssmorph.convert.families.probe_check import CheckError, checked
-from ssmorph.convert.tiny import strengthen
 from ssmorph.convert.surgery import MixerChoice
+from ssmorph.convert.tiny import strengthen
 from ssmorph.stages.artifact import copied_student
 from tests.families.tiny import COMMON, GQA, WIDE, family_config, family_teacher
 
