@@ -108,6 +108,10 @@ class WindowCacheLayer(MixerCacheLayer):
         """Forgets everything."""
         self.__init__()  # type: ignore[misc]
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts rows into the order of `beam_idx`."""
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
         return [*(self.held or ()), *(t for t in [self.recurrent_states[0]] if t is not None)]
