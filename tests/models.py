@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from ssmorph.convert.families import family_of
-from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.mixers import ScanMixer, WindowedMixer
+from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import MixerChoice, start_mixer
 from ssmorph.convert.tiny import strengthen, tiny_config
 
