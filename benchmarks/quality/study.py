@@ -1,7 +1,7 @@
 """What a token of training buys: our recipe against the peers', on one model, data and seed.
 
-`python -m benchmarks.quality.study` runs what is missing, smallest budgets first, and prints the table of what is there.
-`--table` prints it alone; `--part i/n` does every n-th run, for several processes at once. Every run's result is one file
+`python -m benchmarks.quality.study` runs what is missing, smallest budgets first, and prints what is there.
+`--table` prints it alone; `--part i/n` does every n-th run, for several processes at once. A run's result is a file
 under benchmarks/quality/results; a run that was stopped goes on from its last checkpoint.
 
 SmolLM2-135M, 15 of 30 layers, windows of 512. Each recipe's rate is chosen at 10k tokens among three (its results are
