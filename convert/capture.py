@@ -252,6 +252,14 @@ def attention_rows(a: Attended, rows: int = 64) -> Iterator[tuple[int, Tensor]]:
         yield start, F.softmax(scores, dim=-1)[..., :end].masked_fill(~seen, 0)
 
 
+def attention_heads(a: Attended, value_BLHP: Tensor) -> Tensor:
+    """What reaches the output projection, A V of all heads side by side: [B, L, H * P]."""
+    blocks = [
+        torch.einsum("bhts,bshp->bthp", rows, value_BLHP[:, : rows.shape[3]].to(rows)) for _, rows in attention_rows(a)
+    ]
+    return torch.cat(blocks, 1).flatten(-2).to(value_BLHP)
+
+
 def _seen(a: Attended, start: int, end: int, device: torch.device) -> Tensor:
     """Which tokens rows start..end see, [1 or B, 1, rows, end]."""
     distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)

@@ -45,9 +45,27 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def _print_treatment(console: Console, plan: dict[str, Any]) -> None:
     features = Table("feature", "is", "how", title="What becomes of the teacher")
+    with_costs = "measured_on" in plan
+    if with_costs:
+        features.add_column("measured", overflow="fold")
     for row in plan["treatment"]:
-        features.add_row(row["feature"], row["treatment"], row["note"])
+        cells = [row["feature"], row["treatment"], row["note"]]
+        features.add_row(*cells, *([_cost(row["measured"])] if with_costs else []))
     console.print(features)
+    text = plan.get("measured_on")
+    if text is not None:
+        console.print(
+            f"Measured: squared error of the attention output by that one change, as a share of its square; {text['windows']}"
+            f" held-out windows of {text['window']} tokens ({text['set']})."
+        )
+
+
+def _cost(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return ""
+    if "not_measured" in measured:
+        return f"not measured: {measured['not_measured']}"
+    return f"{measured['median']:.2g}, worst {measured['worst']:.2g} (layer {measured['worst_layer']})"
 
 
 def _print_estimate(console: Console, estimate: dict[str, Any]) -> None:

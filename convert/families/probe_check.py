@@ -145,7 +145,7 @@ def _unit_offset(spec: FamilySpec, attention: nn.Module) -> bool:
 
 def _check_layer(model: Any, spec: FamilySpec, layer: int, call: MixerCall) -> float:
     """A V O must be the layer's own output, and q and k as long as the spec makes them; the share RoPE turns."""
-    from ..capture import attention_rows
+    from ..capture import attention_heads
     from ..surgery import expand_kv
 
     attention, shape = spec.attention(model, layer), spec.shape(model.config)
@@ -154,10 +154,7 @@ def _check_layer(model: Any, spec: FamilySpec, layer: int, call: MixerCall) -> f
     bias = None if parts.value.bias is None else expand_kv(parts.value.bias, shape)
     value = F.linear(call.input_BLD, expand_kv(parts.value.weight, shape), bias)
     value_BLHP = value.unflatten(-1, (shape.heads, shape.head_dim))
-    blocks = [rows for _, rows in attention_rows(seen)]
-    heads_BLE = torch.cat([torch.einsum("bhts,bshp->bthp", a, value_BLHP[:, : a.shape[3]]) for a in blocks], 1).flatten(
-        -2
-    )
+    heads_BLE = attention_heads(seen, value_BLHP)
     if not _same(heads_BLE, call.heads_BLE):
         raise CheckError("attention over its values does not make what enters the output projection")
     if not _same(attention.get_submodule(spec.out)(heads_BLE), call.output_BLD):

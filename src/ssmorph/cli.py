@@ -43,6 +43,7 @@ def convert(
 def plan(
     target: tyro.conf.Positional[str],
     overrides: tyro.conf.Positional[tuple[str, ...]] = (),
+    measure: bool = False,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Show what a conversion would do and cost, before anything is trained.
@@ -50,9 +51,10 @@ def plan(
     Args:
         target: a recipe, or a model: folder, GGUF file, hub id or alias.
         overrides: changes such as student.layers=all.
+        measure: read the weights and measure on held-out text what each approximation and drop costs.
         as_json: print JSON.
     """
-    result = verbs.plan(target, *overrides)
+    result = verbs.plan(target, *overrides, measure=measure)
     if as_json:
         print(json.dumps(result, indent=1))
         return

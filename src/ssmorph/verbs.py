@@ -37,11 +37,12 @@ def convert(
     return pipeline.convert(config, until=until, start=start, say=say)
 
 
-def plan(target: str, *overrides: str) -> dict[str, Any]:
+def plan(target: str, *overrides: str, measure: bool = False) -> dict[str, Any]:
     """What converting a model or recipe would do: layers, parameters, bytes, crossover, cost. Reads no weights.
 
     Args:
         target: a recipe file, or a model as `teacher.source` takes it.
+        measure: read the weights after all, and measure on held-out text what each approximation and drop costs.
     """
     from .stages.config import RunConfig, TeacherConfig
     from .stages.recipe import load_recipe
@@ -53,7 +54,12 @@ def plan(target: str, *overrides: str) -> dict[str, Any]:
         config = _uniform_half(config)
     from .stages.planning import plan_of
 
-    return plan_of(config)
+    found = plan_of(config)
+    if not measure:
+        return found
+    from .stages.plan_measure import measured
+
+    return measured(config, found)
 
 
 def _uniform_half(config: Any) -> Any:
