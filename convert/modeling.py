@@ -14,7 +14,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -74,8 +81,12 @@ class SsmorphConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """The teacher's vocabulary."""
+        """The teacher's vocabulary; a new size is written into the teacher's config."""
         return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.text_config.vocab_size = size
 
     @property
     def hidden_size(self) -> int:
@@ -92,7 +103,7 @@ class SsmorphConfig(PreTrainedConfig):
         return {int(k): (v["kind"], MixerShape(**v["shape"])) for k, v in (self.converted or {}).items()}
 
 
-class SsmorphForCausalLM(PreTrainedModel):
+class SsmorphForCausalLM(PreTrainedModel, GenerationMixin):
     """Entry point for `from_pretrained`, `from_config` and direct construction; instances are of `hybrid_class`.
 
     `output_attentions` gives the kept layers' weights. A converted layer has none: transformers leaves it out of the
@@ -102,15 +113,18 @@ class SsmorphForCausalLM(PreTrainedModel):
     config_class = SsmorphConfig
     # a recurrent state cannot be rolled back, so assisted generation has to be refused
     _is_stateful = True
+    # the teacher's answer may be yes; static caches and masks that are trees are not for mixers
+    _can_compile_fullgraph = False
 
     def __new__(cls, config: SsmorphConfig, *args: Any, **kwargs: Any) -> SsmorphForCausalLM:
         return super().__new__(hybrid_class(config) if cls is SsmorphForCausalLM else cls)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path: Any, *args: Any, config: Any = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
         """As transformers' from_pretrained; only safetensors are read."""
+        path = pretrained_model_name_or_path
         if not isinstance(config, SsmorphConfig):
             keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             config = SsmorphConfig.from_pretrained(config or path, **{k: kwargs[k] for k in keys if k in kwargs})
@@ -149,6 +163,8 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
         teacher_class.__init__(self, config.text_config, *args, **kwargs)
         config._attn_implementation_internal = config.text_config._attn_implementation_internal
         self.config = config
+        # the teacher's class looked for the old key in its own config only
+        self._backward_compatibility_gradient_checkpointing()
         out = (config.places or {}).get("out", "")
         for index, (kind, shape) in config.layers().items():
             attention = self.get_submodule(mixer_path(config, index))
@@ -169,7 +185,8 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
         "__module__": __name__,
         "teacher_class": teacher_class,
     }
-    return type("SsmorphForCausalLM", (SsmorphForCausalLM, teacher_class), body)
+    # transformers looks for the last among a class's own bases
+    return type("SsmorphForCausalLM", (SsmorphForCausalLM, teacher_class, GenerationMixin), body)
 
 
 def mixer_path(config: SsmorphConfig, layer: int) -> str:

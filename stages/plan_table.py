@@ -55,8 +55,8 @@ def _print_treatment(console: Console, plan: dict[str, Any]) -> None:
     text = plan.get("measured_on")
     if text is not None:
         console.print(
-            f"Measured: squared error of the attention output by that one change, as a share of its square; {text['windows']}"
-            f" held-out windows of {text['window']} tokens ({text['set']})."
+            "Measured: squared error of the attention output by that one change, as a share of its square;"
+            f" {text['windows']} held-out windows of {text['window']} tokens ({text['set']})."
         )
 
 
