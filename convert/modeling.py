@@ -120,7 +120,7 @@ class SsmorphForCausalLM(PreTrainedModel, GenerationMixin):
         return super().__new__(hybrid_class(config) if cls is SsmorphForCausalLM else cls)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
         """As transformers' from_pretrained; only safetensors are read."""
