@@ -28,10 +28,12 @@ MODULES = (
     "ssmorph.kernels.conv.chunked",
     "ssmorph.kernels.norm.chunked",
     "ssmorph.convert.plain_ops",
+    "ssmorph.convert.window",
     "ssmorph.convert.cache",
     "ssmorph.convert.mixers.base",
     "ssmorph.convert.mixers.mamba2",
     "ssmorph.convert.mixers.discrete_mamba2",
+    "ssmorph.convert.mixers.windowed",
     "ssmorph.convert.mixers",
     "ssmorph.convert.modeling",
 )

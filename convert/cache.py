@@ -6,11 +6,14 @@ place on its first call, so forward(), generate(), beams and offloading work unc
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer, StaticLayer
 
 from ..errors import fail
+from .window import Held
 
 
 class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -73,14 +76,58 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Keeps the rows of `indices`."""
         self._map(lambda t: t[indices, ...])
 
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        kept = (self.conv_states[0], self.recurrent_states[0])
+        return [t for t in kept if t is not None]
+
     def _map(self, change) -> None:  # type: ignore[no-untyped-def]
         if self.is_recurrent_states_initialized[0]:
             self.conv_states[0] = change(self.conv_states[0])
             self.recurrent_states[0] = change(self.recurrent_states[0])
 
 
-def cache_layer(cache: Cache | None, index: int) -> MixerCacheLayer | None:
-    """This layer's place in the cache, made ours on first use.
+class WindowCacheLayer(MixerCacheLayer):
+    """held: keys and values of the window and the sinks (window.py); recurrent_states[0]: [B, G, P+1, N]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: Held | None = None
+
+    def keep(self, held: Held, state_BGQN: Tensor | None, tokens: int) -> None:
+        """Keeps window and state after `tokens` more tokens; a mixer without a state has None."""
+        self.held = held
+        if state_BGQN is not None:
+            self.recurrent_states[0] = state_BGQN
+            self.is_recurrent_states_initialized[0] = True
+        self.has_previous_state[0] = True
+        self.device, self.dtype = held.k_BGRP.device, held.k_BGRP.dtype  # type: ignore[assignment]
+        self.seen += tokens
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.__init__()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts rows into the order of `beam_idx`."""
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        return [*(self.held or ()), *(t for t in [self.recurrent_states[0]] if t is not None)]
+
+    def _map(self, change) -> None:  # type: ignore[no-untyped-def]
+        if self.held is not None:
+            self.held = Held(*map(change, self.held))
+        if self.is_recurrent_states_initialized[0]:
+            self.recurrent_states[0] = change(self.recurrent_states[0])
+
+
+OneLayer = TypeVar("OneLayer", bound=MixerCacheLayer)
+
+
+def cache_layer(cache: Cache | None, index: int, kind: type[OneLayer]) -> OneLayer | None:
+    """This layer's place in the cache, made ours on first use: of `kind`.
 
     Raises:
         ValueError: a static cache, whose masks would let padding into the state.
@@ -98,8 +145,8 @@ def cache_layer(cache: Cache | None, index: int) -> MixerCacheLayer | None:
             "Leave cache_implementation out.",
         )
     layer = layers[index]
-    if not isinstance(layer, MixerCacheLayer):
-        layers[index] = layer = MixerCacheLayer()
+    if not isinstance(layer, kind):
+        layers[index] = layer = kind()
     return layer
 
 

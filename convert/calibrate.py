@@ -20,10 +20,11 @@ from .capture import MixerCall, attention_rows, captured, first_hidden, layer_kw
 from .families import FamilySpec
 from .headfit import HeadFit, balanced_basis, fit_heads
 from .linearise import fill_norm, open_gate, shrink_taps
-from .mixers import Mixer
+from .mixers import Mixer, ScanMixer, WindowedMixer
 from .mixers.mamba2 import Mamba2Mixer
 from .moments import Moments
 from .start import conv_bias, conv_rows, set_decay
+from .windowfit import fit_state
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # share of the windows that choose the ridge and decide whether the fit is accepted
@@ -106,6 +107,7 @@ class _Layer:
         self.teacher_layer = spec.decoder_layers(teacher)[index]
         self.student_layer = spec.decoder_layers(student)[index]
         self.mixer: Mixer = student.mixers()[index]
+        self.attention_kwargs = {k: v for k, v in kwargs.items() if k not in ("attention_mask", "position_ids")}
 
     def fit(self, taught: list[Tensor], own: list[Tensor], judge: int) -> LayerFit:
         """Fits the mixer, then moves both hidden states behind the layer, in place."""
@@ -136,16 +138,16 @@ class _Layer:
     def _fit(self, calls: list[MixerCall], inputs: list[Tensor], targets: list[Tensor], judge: int) -> LayerFit:
         mixer, split = self.mixer, len(inputs) - judge
         before = {name: p.clone() for name, p in mixer.named_parameters()}
-        error_copy = self._moments(inputs[split:], targets[split:]).error(mixer.out_proj.weight)
+        error_copy = self._moments(inputs[split:], targets[split:]).error(mixer.output().weight)
         self._fit_heads(calls[:split], inputs[:split])
-        prior = mixer.out_proj.weight.detach().clone()
+        prior = mixer.output().weight.detach().clone()
         train, held = self._moments(inputs[:split], targets[:split]), self._moments(inputs[split:], targets[split:])
         solved = [(ridge, train.solve(ridge, prior)) for ridge in RIDGES]
         ridge, weight = min(solved, key=lambda choice: held.error(choice[1]))
         error = held.error(weight)
         accepted = error < min(error_copy, ERROR_REMOVED)
         if accepted:
-            mixer.out_proj.weight.copy_(weight)
+            mixer.output().weight.copy_(weight)
         else:
             for name, p in mixer.named_parameters():
                 p.copy_(before[name])
@@ -154,6 +156,10 @@ class _Layer:
     def _fit_heads(self, calls: list[MixerCall], inputs: list[Tensor]) -> None:
         """Writes the head fit into the mixer: rows of B and C, their constant channel, D and the decay."""
         mixer, shape = self.mixer, self.mixer.shape
+        if isinstance(mixer, WindowedMixer):
+            fit_state(mixer, inputs, [c.heads_BLE for c in calls], self.attention_kwargs)
+            return
+        assert isinstance(mixer, ScanMixer)
         few = max(1, HEAD_TOKENS // inputs[0][..., 0].numel())
         u_BLD = torch.cat(inputs[:few])
         heads_BLHP = torch.cat([c.heads_BLE for c in calls[:few]]).unflatten(-1, (shape.heads, -1))
@@ -171,14 +177,22 @@ class _Layer:
             fill_norm(mixer, inputs[:few], [c.heads_BLE for c in calls[:few]])
 
     def _moments(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Moments:
-        weight, bias = self.mixer.out_proj.weight, self.mixer.out_proj.bias
+        weight, bias = self.mixer.output().weight, self.mixer.output().bias
         moments = Moments(weight.shape[1], weight.shape[0], weight.device)
         for u, y in zip(inputs, targets, strict=True):
-            moments.add(self.mixer.features(u), y if bias is None else y - bias)
+            moments.add(self._features(u), y if bias is None else y - bias)
         return moments
 
+    def _features(self, u_BLD: Tensor) -> Tensor:
+        if isinstance(self.mixer, WindowedMixer):
+            return self.mixer.features(u_BLD, **self.attention_kwargs)
+        assert isinstance(self.mixer, ScanMixer)
+        return self.mixer.features(u_BLD)
 
-def _place_heads(mixer: Mixer, u_BLD: Tensor, heads_BLHP: Tensor, distance_H: Tensor | None) -> tuple[Tensor, HeadFit]:
+
+def _place_heads(
+    mixer: ScanMixer, u_BLD: Tensor, heads_BLHP: Tensor, distance_H: Tensor | None
+) -> tuple[Tensor, HeadFit]:
     """Rotates B and C into their balanced basis, fits the heads, and gives the last channel to the constant.
 
     The convolution becomes the identity. Returns the constant channels' indices and the fit.

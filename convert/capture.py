@@ -50,12 +50,13 @@ class Attended:
 
 
 class MixerCall(NamedTuple):
-    """One call of an attention layer: what enters, what reaches the output projection, what leaves; q, k if asked."""
+    """One call of an attention layer: what enters, what reaches the output projection, what leaves, and how."""
 
     input_BLD: Tensor
     heads_BLE: Tensor
     output_BLD: Tensor
     attended: Attended | None
+    kwargs: dict[str, Any] = {}  # noqa: RUF012 - a tuple's default, which nobody writes to
 
 
 class _Stop(Exception):
@@ -123,7 +124,8 @@ def captured(model: nn.Module, spec: FamilySpec, layers: list[int], attention: b
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             entered = args[0] if args else kwargs["hidden_states"]
             left = output[0] if isinstance(output, tuple) else output
-            calls[index] = MixerCall(entered, heads.pop(index), left, attended.pop(index, None))
+            others = {k: v for k, v in kwargs.items() if k not in OWN}
+            calls[index] = MixerCall(entered, heads.pop(index), left, attended.pop(index, None), others)
 
         return hook
 

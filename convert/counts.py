@@ -10,7 +10,7 @@ from torch import nn
 
 from .families import FamilySpec
 from .families.spec import first_of
-from .mixers import MixerShape, make_mixer
+from .mixers import MIXERS, MixerShape, State
 
 # how configs call the experts of a layer
 EXPERTS = ("num_local_experts", "num_experts")
@@ -53,10 +53,12 @@ def teacher_counts(config: Any, spec: FamilySpec, trust_remote_code: bool = Fals
     )
 
 
-def mixer_parameters(kind: str, shape: MixerShape) -> int:
-    """Parameters of one mixer."""
+def mixer_parameters(kind: str, shape: MixerShape, attention: int) -> int:
+    """Parameters of one mixer; those of a layer's attention count where the mixer keeps it."""
     with torch.device("meta"):
-        return parameters(make_mixer(kind, shape, 0))
+        if shape.window:
+            return attention + (parameters(State(shape)) if shape.state else 0)
+        return parameters(MIXERS[kind](shape, 0))
 
 
 def parameters(module: nn.Module) -> int:

@@ -14,14 +14,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import fail
 from .bundle import write_bundle
 from .families import family_of
-from .mixers import Mixer, MixerShape, make_mixer
+from .mixers import Mixer, MixerShape, State, make_mixer
 from .mixers.mamba2 import GatedNorm
 
 
@@ -30,7 +37,7 @@ class SsmorphConfig(PreTrainedConfig):
 
     `text_config` is the teacher's config (transformers' name for a nested decoder, so that caches, masks and PEFT find
     it); `converted` maps a layer index to {"kind": mixer, "shape": sizes}; `places` says where the decoder layers are,
-    and where in a layer the mixer is.
+    where in a layer the mixer is, and where in an attention its output projection.
     """
 
     model_type = "ssmorph"
@@ -74,8 +81,12 @@ class SsmorphConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """The teacher's vocabulary."""
+        """The teacher's vocabulary; a new size is written into the teacher's config."""
         return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.text_config.vocab_size = size
 
     @property
     def hidden_size(self) -> int:
@@ -92,7 +103,7 @@ class SsmorphConfig(PreTrainedConfig):
         return {int(k): (v["kind"], MixerShape(**v["shape"])) for k, v in (self.converted or {}).items()}
 
 
-class SsmorphForCausalLM(PreTrainedModel):
+class SsmorphForCausalLM(PreTrainedModel, GenerationMixin):
     """Entry point for `from_pretrained`, `from_config` and direct construction; instances are of `hybrid_class`.
 
     `output_attentions` gives the kept layers' weights. A converted layer has none: transformers leaves it out of the
@@ -102,15 +113,18 @@ class SsmorphForCausalLM(PreTrainedModel):
     config_class = SsmorphConfig
     # a recurrent state cannot be rolled back, so assisted generation has to be refused
     _is_stateful = True
+    # the teacher's answer may be yes; static caches and masks that are trees are not for mixers
+    _can_compile_fullgraph = False
 
     def __new__(cls, config: SsmorphConfig, *args: Any, **kwargs: Any) -> SsmorphForCausalLM:
         return super().__new__(hybrid_class(config) if cls is SsmorphForCausalLM else cls)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path: Any, *args: Any, config: Any = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
         """As transformers' from_pretrained; only safetensors are read."""
+        path = pretrained_model_name_or_path
         if not isinstance(config, SsmorphConfig):
             keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             config = SsmorphConfig.from_pretrained(config or path, **{k: kwargs[k] for k in keys if k in kwargs})
@@ -149,13 +163,17 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
         teacher_class.__init__(self, config.text_config, *args, **kwargs)
         config._attn_implementation_internal = config.text_config._attn_implementation_internal
         self.config = config
+        # the teacher's class looked for the old key in its own config only
+        self._backward_compatibility_gradient_checkpointing()
+        out = (config.places or {}).get("out", "")
         for index, (kind, shape) in config.layers().items():
-            set_mixer(self, config, index, make_mixer(kind, shape, index))
+            attention = self.get_submodule(mixer_path(config, index))
+            set_mixer(self, config, index, make_mixer(kind, shape, index, attention, out))
 
     @torch.no_grad()
     def _init_weights(self: Any, module: nn.Module) -> None:
         teacher_class._init_weights(self, module)
-        if isinstance(module, Mixer):
+        if isinstance(module, (Mixer, State)):
             for name, parameter in module.named_parameters(recurse=False):
                 (init.ones_ if name == "D" else init.zeros_)(parameter)
         if isinstance(module, GatedNorm):
@@ -167,13 +185,19 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
         "__module__": __name__,
         "teacher_class": teacher_class,
     }
-    return type("SsmorphForCausalLM", (SsmorphForCausalLM, teacher_class), body)
+    # transformers looks for the last among a class's own bases
+    return type("SsmorphForCausalLM", (SsmorphForCausalLM, teacher_class, GenerationMixin), body)
+
+
+def mixer_path(config: SsmorphConfig, layer: int) -> str:
+    """Where in the model a layer's attention is, or the mixer in its place."""
+    assert config.places is not None
+    return f"{config.places['layers']}.{layer}.{config.places['mixer']}"
 
 
 def set_mixer(model: nn.Module, config: SsmorphConfig, layer: int, mixer: Mixer) -> None:
     """Puts a mixer into the place of a layer's attention."""
-    assert config.places is not None
-    path, _, name = f"{config.places['layers']}.{layer}.{config.places['mixer']}".rpartition(".")
+    path, _, name = mixer_path(config, layer).rpartition(".")
     setattr(model.get_submodule(path), name, mixer)
 
 
@@ -181,7 +205,7 @@ def hybrid_of(teacher: PreTrainedModel, mixers: dict[int, Mixer], version: str) 
     """A hybrid that shares every kept weight with `teacher` and has `mixers` in the converted layers."""
     converted = {str(i): {"kind": m.kind, "shape": m.shape.as_dict()} for i, m in sorted(mixers.items())}
     spec = family_of(teacher.config)
-    places = {"layers": spec.layers, "mixer": spec.mixer}
+    places = {"layers": spec.layers, "mixer": spec.mixer, "out": spec.out}
     # a copy: another attention for the hybrid, say, is not another for its teacher
     nested = copy.deepcopy(teacher.config)
     config = SsmorphConfig(text_config=nested, converted=converted, places=places, ssmorph_version=version)

@@ -43,5 +43,11 @@ def kv_bytes_per_token(attention: AttentionShape, itemsize: int) -> int:
 
 
 def cache_bytes(shape: MixerShape, itemsize: int) -> int:
-    """Bytes of one mixer's cache: the state in float32, the convolution's last inputs in the model's dtype."""
+    """Bytes of one mixer's cache: the state in float32, the convolution's last inputs in the model's dtype.
+
+    With a window: its keys and values, and the state of values and mass for each key/value head.
+    """
+    if shape.window:
+        held = 2 * shape.window * shape.groups * shape.head_dim * itemsize
+        return held + shape.groups * (shape.head_dim + 1) * shape.state * 4
     return shape.heads * shape.head_dim * shape.state * 4 + (shape.conv_kernel - 1) * shape.conv_channels * itemsize

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .mixers import Mixer
+from .mixers import ScanMixer
 from .mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from .mixers.mamba2 import Mamba2Mixer
 
@@ -23,7 +23,7 @@ OUT_LAYERS = 24
 
 
 @torch.no_grad()
-def published_start(mixer: Mixer) -> None:
+def published_start(mixer: ScanMixer) -> None:
     """Puts a mixer whose projections are as torch draws them where its publication starts it."""
     mixer.D.fill_(1)
     if isinstance(mixer, DiscreteMamba2Mixer):
@@ -38,33 +38,33 @@ def published_start(mixer: Mixer) -> None:
 
 
 @torch.no_grad()
-def identity_convolution(mixer: Mixer) -> None:
+def identity_convolution(mixer: ScanMixer) -> None:
     """Taps that pass the current token on, and no bias."""
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1
     conv_bias(mixer).zero_()
 
 
-def conv_bias(mixer: Mixer) -> Tensor:
-    """The convolution's bias, which every mixer has."""
+def conv_bias(mixer: ScanMixer) -> Tensor:
+    """The convolution's bias, which every scan has."""
     assert mixer.conv1d.bias is not None
     return mixer.conv1d.bias
 
 
-def conv_rows(mixer: Mixer) -> Tensor:
+def conv_rows(mixer: ScanMixer) -> Tensor:
     """The rows of in_proj that feed the convolution, [x | B | C], as a view."""
     start = mixer.shape.inner if isinstance(mixer, Mamba2Mixer) else 0
     return mixer.in_proj.weight[start : start + mixer.shape.conv_channels]
 
 
-def gate_rows(mixer: Mixer) -> Tensor:
+def gate_rows(mixer: ScanMixer) -> Tensor:
     """The rows of in_proj that make the gate z, as a view."""
     start = 0 if isinstance(mixer, Mamba2Mixer) else mixer.shape.conv_channels
     return mixer.in_proj.weight[start : start + mixer.shape.inner]
 
 
 @torch.no_grad()
-def set_decay(mixer: Mixer, distance_H: Tensor, dt_H: Tensor | None = None) -> None:
+def set_decay(mixer: ScanMixer, distance_H: Tensor, dt_H: Tensor | None = None) -> None:
     """Gives every head a constant decay whose geometric profile has mean distance `distance_H` tokens.
 
     -ln a = ln(1 + 1/d). Rows of dt (or of a) become zero, so that the decay is the same at every token; `dt_H` is the

@@ -7,14 +7,17 @@ factors of their rows: no mixer divides by a token's own size.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import fail
 from .families import AttentionShape, FamilySpec
 from .families.spec import Projection, linear, norm_weight
-from .mixers import Mixer, MixerShape, make_mixer
+from .mixers import MIXERS, Mixer, MixerShape, ScanMixer, WindowedMixer, make_mixer
 from .mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from .start import conv_bias, conv_rows, gate_rows, identity_convolution, published_start, set_decay
 
@@ -34,6 +37,70 @@ def faithful_shape(attention: AttentionShape, conv_kernel: int) -> MixerShape:
         eps=attention.eps,
         out_bias=attention.out_bias,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerChoice:
+    """What a layer becomes and from where it starts; the last three are for mixers with a window.
+
+    Attributes:
+        window: tokens of the attention window, its sinks included.
+        state: prototypes that the state behind it holds for each key/value head; 0 for none.
+    """
+
+    kind: str
+    conv_kernel: int = 4
+    init: str = "copy"
+    window: int = 64
+    sinks: int = 4
+    state: int = 64
+
+    @classmethod
+    def of(cls, mixer: Mixer) -> MixerChoice:
+        """What made this mixer, as far as its sizes tell."""
+        shape = mixer.shape
+        return cls(kind=mixer.kind, conv_kernel=shape.conv_kernel, window=shape.window, sinks=shape.sinks,
+                   state=shape.state)  # fmt: skip
+
+
+def has_window(kind: str) -> bool:
+    """Whether mixers of this kind keep the attention inside a window."""
+    return kind in MIXERS and issubclass(MIXERS[kind], WindowedMixer)
+
+
+def shape_of(attention: AttentionShape, choice: MixerChoice) -> MixerShape:
+    """The sizes of the mixer that stands for an attention."""
+    if not has_window(choice.kind):
+        return faithful_shape(attention, choice.conv_kernel)
+    return MixerShape(
+        hidden=attention.hidden,
+        heads=attention.heads,
+        groups=attention.kv_heads,
+        head_dim=attention.head_dim,
+        state=0 if choice.kind == "window" else choice.state,
+        conv_kernel=1,
+        eps=attention.eps,
+        out_bias=attention.out_bias,
+        window=choice.window,
+        sinks=choice.sinks,
+    )
+
+
+def start_mixer(teacher: Any, spec: FamilySpec, layer: int, choice: MixerChoice) -> Mixer:
+    """The mixer of a layer before anything is fitted; with a window: that window of the layer's own attention.
+
+    Raises:
+        ValueError: as `copy_attention`; a window for a family whose attention cannot be asked by name.
+    """
+    if not has_window(choice.kind):
+        return copy_attention(teacher, spec, layer, choice.kind, choice.conv_kernel, choice.init)
+    if not spec.attention_function:
+        raise fail("student.mixer", "a window needs a family with registered attention functions",
+                   f"{choice.kind} for {teacher.config.model_type}", "Use mamba2.")  # fmt: skip
+    attention = copy.deepcopy(spec.attention(teacher, layer)).requires_grad_(True)
+    mixer = make_mixer(choice.kind, shape_of(spec.shape(teacher.config), choice), layer, attention, spec.out)
+    weight = linear(attention, spec.out).weight
+    return mixer.to(device=weight.device, dtype=weight.dtype)
 
 
 def expand_kv(weight: Tensor, attention: AttentionShape) -> Tensor:
@@ -57,7 +124,8 @@ def copy_attention(
     """
     attention, shape = spec.attention(teacher, layer), spec.shape(teacher.config)
     parts, out = spec.projections(attention, teacher.config), linear(attention, spec.out)
-    mixer = make_mixer(kind, faithful_shape(shape, conv_kernel), layer)
+    mixer = make_mixer(kind, faithful_shape(shape, conv_kernel), layer, attention, spec.out)
+    assert isinstance(mixer, ScanMixer)
     if init == "copy":
         _show_through(mixer)
     else:
@@ -70,7 +138,7 @@ def copy_attention(
     return mixer
 
 
-def _show_through(mixer: Mixer) -> None:
+def _show_through(mixer: ScanMixer) -> None:
     """All but the projections: a gate that MOHAWK's form leaves open, the identity tap, one neutral decay."""
     if isinstance(mixer, DiscreteMamba2Mixer):
         gate_rows(mixer).zero_()
@@ -79,7 +147,7 @@ def _show_through(mixer: Mixer) -> None:
 
 
 def _copy_projections(
-    mixer: Mixer, shape: AttentionShape, query: Projection, key: Projection, value: Projection, out: nn.Linear
+    mixer: ScanMixer, shape: AttentionShape, query: Projection, key: Projection, value: Projection, out: nn.Linear
 ) -> None:
     """Q, K, V into the rows of C, B, x and O into out_proj; a bias passes through the taps to the convolution's."""
     conv_rows(mixer).copy_(torch.cat([expand_kv(value.weight, shape), expand_kv(key.weight, shape), query.weight]))

@@ -58,21 +58,26 @@ def alignment(
         stream = [_relative(a, b) for a, b in zip(own, taught, strict=True)]
         rows.append({"stage": name, "mixer": [_error(mixers[i], calls[i]) for i in layers], "stream": stream})
     mixers = hybrid.mixers()
-    shares = [state_share(mixers[i], calls[i].input_BLD) for i in layers]
+    shares = [state_share(mixers[i], calls[i]) for i in layers]
     return {"tokens": tokens_BL.numel(), "layers": layers, "stages": rows, "state_share": shares}
 
 
 @torch.no_grad()
-def state_share(mixer: Mixer, input_BLD: Tensor) -> float:
+def state_share(mixer: Mixer, call: MixerCall) -> float:
     """|output - output without a recurrent state| / |output|; 0 for a mixer that says nothing."""
-    whole = mixer(input_BLD)[0]
+    whole = _answer(mixer, call)
     with stateless(mixer):
-        without = mixer(input_BLD)[0]
+        without = _answer(mixer, call)
     return _relative(without, whole)
 
 
 def _error(mixer: Mixer, call: MixerCall) -> float:
-    return _relative(mixer(call.input_BLD)[0], call.output_BLD) ** 2
+    return _relative(_answer(mixer, call), call.output_BLD) ** 2
+
+
+def _answer(mixer: Mixer, call: MixerCall) -> Tensor:
+    answer: Tensor = mixer(call.input_BLD, **call.kwargs)[0]
+    return answer
 
 
 def _relative(own: Tensor, reference: Tensor) -> float:

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ssmorph.convert.families import FamilySpec
+from ssmorph.convert.families import FamilySpec, family_of
 from ssmorph.convert.mixers import Mixer, MixerShape, make_mixer
 from ssmorph.convert.modeling import hybrid_of
-from ssmorph.convert.surgery import copy_attention
+from ssmorph.convert.surgery import MixerChoice, start_mixer
 
 from .. import __version__
 from ..errors import fail
@@ -50,7 +50,11 @@ def load_student(folder: Path, teacher: Any, own_rest: bool) -> Any:
         raise fail(
             str(folder), "must hold a whole student", error, "Delete the stage's folder to run it again."
         ) from error
-    mixers = {int(i): make_mixer(m["kind"], MixerShape(**m["shape"]), int(i)) for i, m in saved["converted"].items()}
+    spec = family_of(teacher.config)
+    mixers = {}
+    for i, m in saved["converted"].items():
+        attention = copy.deepcopy(spec.attention(teacher, int(i))).requires_grad_(True)
+        mixers[int(i)] = make_mixer(m["kind"], MixerShape(**m["shape"]), int(i), attention, spec.out)
     student = assemble(teacher, mixers, own_rest or saved["rest"])
     parameters = dict(student.named_parameters())
     with torch.no_grad():
@@ -73,15 +77,13 @@ def copied_student(
     teacher: Any,
     spec: FamilySpec,
     layers: tuple[int, ...],
-    kind: str,
-    conv_kernel: int,
+    choice: MixerChoice,
     seed: int,
     own_rest: bool,
-    init: str = "copy",
 ) -> Any:
     """Surgery: the teacher with mixers in `layers`. The seed draws what is not copied, such as the stock gate."""
     torch.manual_seed(seed)
-    mixers = {i: copy_attention(teacher, spec, i, kind, conv_kernel, init) for i in layers}
+    mixers = {i: start_mixer(teacher, spec, i, choice) for i in layers}
     return assemble(teacher, mixers, own_rest)
 
 

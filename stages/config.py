@@ -13,6 +13,7 @@ from typing import Literal
 from ..errors import fail
 
 RUN_FORMAT = 1
+WINDOWED = ("windowed_mamba2", "window")
 # windows in a batch of the calibration stage
 CALIBRATION_BATCH = 2
 
@@ -35,12 +36,20 @@ class TeacherConfig:
 class StudentConfig:
     """Which layers become which mixer; `layers`: a list of indices, `all`, or `uniform-K`: K of them, evenly spread."""
 
-    mixer: Literal["mamba2", "discrete_mamba2"] = "mamba2"
+    mixer: Literal["mamba2", "discrete_mamba2", "windowed_mamba2", "window"] = "mamba2"
     layers: str | tuple[int, ...] = "uniform-15"
     conv_kernel: int = 4
+    # of mixers with a window: tokens it holds, its sinks included; prototypes of the state behind it
+    window: int = 64
+    sinks: int = 4
+    state: int = 64
 
     def __post_init__(self) -> None:
         _require(2 <= self.conv_kernel <= 4, "student.conv_kernel", "must be 2, 3 or 4", self.conv_kernel, "Use 4.")
+        _require(self.sinks >= 0, "student.sinks", "must not be negative", self.sinks, "Use 4.")
+        _require(self.window > self.sinks, "student.window", "must hold more than its sinks", self.window, "Use 64.")
+        _require(self.state >= 1, "student.state", "must be positive", self.state,
+                 "Use 64, or mixer: window for none.")  # fmt: skip
         if isinstance(self.layers, str):
             ok = self.layers == "all" or (self.layers.startswith("uniform-") and self.layers[8:].isdigit())
             _require(
@@ -254,6 +263,11 @@ class RunConfig:
         copies = isinstance(self.stages[0], SurgeryStage) and self.stages[0].init == "copy"
         _require(copies or "calibrate" not in kinds, "stages.surgery.init", "calibration starts from a copy",
                  getattr(self.stages[0], "init", None), "Use copy, or leave calibrate out.")  # fmt: skip
+        if self.student.mixer in WINDOWED:
+            _require(copies, "stages.surgery.init", "a window is of the attention's own copy",
+                     getattr(self.stages[0], "init", None), "Use copy.")  # fmt: skip
+            _require("mixing" not in kinds, "stages", "a window with a state behind it has no mixing matrix",
+                     self.student.mixer, "Use calibrate, hidden and logits.")  # fmt: skip
         frobenius = any(isinstance(s, MixingStage) and s.loss == "frobenius" for s in self.stages)
         _require(not (frobenius and self.student.mixer == "mamba2"), "stages.mixing.loss",
                  "frobenius needs a mixer without a norm", "mamba2", "Use cosine.")  # fmt: skip

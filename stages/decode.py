@@ -38,11 +38,7 @@ def filled_cache(model: Any, context: int) -> DynamicCache:
     generator = torch.Generator().manual_seed(0)
     for index in range(config.num_hidden_layers):
         if index in mixers:
-            s = mixers[index].shape
-            layer = MixerCacheLayer()
-            conv = torch.zeros(1, s.conv_kernel - 1, s.conv_channels, dtype=model.dtype)
-            layer.store(conv.to(model.device), torch.zeros(1, s.heads, s.head_dim, s.state).to(model.device), context)
-            cache.layers[index] = layer
+            cache.layers[index] = mixers[index].synthetic_cache(context)
         else:
             size = (1, shape.kv_heads, context, shape.head_dim)
             keys, values = (
@@ -57,7 +53,7 @@ def measure_bytes(cache: DynamicCache) -> int:
     total = 0
     for layer in cache.layers:
         if isinstance(layer, MixerCacheLayer):
-            tensors = [layer.conv_states[0], layer.recurrent_states[0]]
+            tensors: list[torch.Tensor | None] = [*layer.tensors()]
         else:
             assert isinstance(layer, CacheLayerMixin)
             tensors = [layer.keys, layer.values]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssmorph.convert.families import FamilySpec, attention_shape
 from ssmorph.convert.modeling import hybrid_of
-from ssmorph.convert.surgery import copy_attention
+from ssmorph.convert.surgery import MixerChoice, start_mixer
 
 from .alignment import Loader
 from .controls import SINKS, equal_window, removed, windowed
@@ -149,7 +149,7 @@ def _window(teacher: Any, hybrid: Any) -> int:
 def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, layers: list[int], seed: int) -> list[Candidate]:
     mixers = hybrid.mixers()
     torch.manual_seed(seed)
-    copies = {i: copy_attention(teacher, spec, i, m.kind, m.shape.conv_kernel) for i, m in mixers.items()}
+    copies = {i: start_mixer(teacher, spec, i, MixerChoice.of(m)) for i, m in mixers.items()}
     tokens = _window(teacher, hybrid)
     own = own_window(next(iter(mixers.values())))
     shorter = []

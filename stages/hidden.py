@@ -59,7 +59,9 @@ def _mixer_step(ctx: Context, stage: HiddenStage) -> StepFunction:
             teacher_body(ctx, batch.tokens_BL)
         losses = {}
         for layer, mixer in mixers.items():
-            loss = alignment_loss(mixer(calls[layer].input_BLD)[0], calls[layer].output_BLD, stage.loss)
+            loss = alignment_loss(
+                mixer(calls[layer].input_BLD, **calls[layer].kwargs)[0], calls[layer].output_BLD, stage.loss
+            )
             loss.backward()
             losses[layer] = loss.item()
         return losses

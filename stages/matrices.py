@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssmorph.convert.capture import MixerCall
-from ssmorph.convert.mixers import Mixer
+from ssmorph.convert.mixers import Mixer, ScanMixer
 from ssmorph.kernels.mixing import mixing_maps
 
 CELLS = 48
@@ -30,10 +30,15 @@ def matrices(mixers: dict[int, Mixer], calls: dict[int, MixerCall], resolution: 
     found: list[tuple[float, int, int]] = []
     kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for layer, mixer in sorted(mixers.items()):
+        # a window and what is behind it have no one matrix
+        if not isinstance(mixer, ScanMixer):
+            continue
         own_HRR, taught_HRR = maps_of(mixer, calls[layer], resolution)
         for head, (own, taught) in enumerate(zip(own_HRR, taught_HRR, strict=True)):
             found.append((head_error(own, taught), layer, head))
             kept[layer, head] = own, taught
+    if not found:
+        return {"errors": {}, "heads": []}
     order = sorted(found)
     chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
     return {
@@ -46,7 +51,7 @@ def matrices(mixers: dict[int, Mixer], calls: dict[int, MixerCall], resolution: 
     }  # fmt: skip
 
 
-def maps_of(mixer: Mixer, call: MixerCall, resolution: int) -> tuple[Tensor, Tensor]:
+def maps_of(mixer: ScanMixer, call: MixerCall, resolution: int) -> tuple[Tensor, Tensor]:
     """The student's and the teacher's maps of all heads on the teacher's inputs, [H, R, R]."""
     s, a = mixer.scan_inputs(call.input_BLD), call.attended
     assert a is not None

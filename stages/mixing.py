@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssmorph.convert.capture import MixerCall, captured
-from ssmorph.convert.mixers import Mixer
+from ssmorph.convert.mixers import Mixer, ScanMixer
 from ssmorph.kernels.mixing import mixing_loss
 
 from .config import MixingStage
@@ -30,6 +30,8 @@ def align_matrices(mixers: dict[int, Mixer], calls: dict[int, MixerCall], kind: 
     losses = {}
     for layer, mixer in mixers.items():
         call = calls.pop(layer)
+        # the recipe refuses others by name
+        assert isinstance(mixer, ScanMixer)
         s = mixer.scan_inputs(call.input_BLD)
         assert call.attended is not None
         q_BLHP, k_BLGP = call.attended.q_BHLP.transpose(1, 2), call.attended.k_BGLP.transpose(1, 2)

@@ -19,6 +19,7 @@ import torch
 
 from ssmorph.convert.families import attention_shape, family_of
 from ssmorph.convert.plan import resolve_layers
+from ssmorph.convert.surgery import MixerChoice
 from ssmorph.convert.teachers import load_config, load_teacher
 
 from .. import __version__
@@ -34,6 +35,7 @@ from .config import (
     MixingStage,
     RunConfig,
     Stage,
+    StudentConfig,
     SurgeryStage,
     TrainStage,
     as_dict,
@@ -197,11 +199,17 @@ def _trains_rest(stage: Stage) -> bool:
     return isinstance(stage, TrainStage) and stage.optim.rest_lr > 0
 
 
+def mixer_choice(student: StudentConfig, init: str) -> MixerChoice:
+    """The recipe's student as surgery takes it."""
+    return MixerChoice(kind=student.mixer, conv_kernel=student.conv_kernel, init=init, window=student.window,
+                       sinks=student.sinks, state=student.state)  # fmt: skip
+
+
 def _run_stage(ctx: Context, index: int, stage: Stage, layers: tuple[int, ...], own_rest: bool) -> dict[str, Any]:
     if isinstance(stage, SurgeryStage):
         c = ctx.config
         ctx.student = copied_student(
-            ctx.teacher, ctx.spec, layers, c.student.mixer, c.student.conv_kernel, c.seed, own_rest, stage.init
+            ctx.teacher, ctx.spec, layers, mixer_choice(c.student, stage.init), c.seed, own_rest
         )
         return {"layers": list(layers)}
     if isinstance(stage, CalibrateStage):

@@ -14,7 +14,7 @@ import torch
 from ssmorph.convert.counts import TeacherCounts, mixer_parameters, teacher_counts
 from ssmorph.convert.families import attention_shape, family_of
 from ssmorph.convert.plan import cache_bytes, kv_bytes_per_token, resolve_layers
-from ssmorph.convert.surgery import faithful_shape
+from ssmorph.convert.surgery import MixerChoice, shape_of
 from ssmorph.convert.teachers import load_config
 from ssmorph.convert.treatment import treatments
 
@@ -35,20 +35,23 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
     teacher = load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
     spec, attention = family_of(teacher), attention_shape(teacher)
     layers = resolve_layers(config.student.layers, attention.layers)
-    shape = faithful_shape(attention, config.student.conv_kernel)
+    student = config.student
+    choice = MixerChoice(kind=student.mixer, conv_kernel=student.conv_kernel, window=student.window,
+                         sinks=student.sinks, state=student.state)  # fmt: skip
+    shape = shape_of(attention, choice)
     counts = teacher_counts(teacher, spec, config.teacher.trust_remote_code)
-    made = mixer_parameters(config.student.mixer, shape)
+    made = [mixer_parameters(student.mixer, shape, kept) for kept in counts.attention]
     per_token, fixed = kv_bytes_per_token(attention, FLOAT32), cache_bytes(shape, FLOAT32)
     init = config.stages[0].init if isinstance(config.stages[0], SurgeryStage) else "copy"
     table = []
     for i, kept in enumerate(counts.attention):
         converted = i in layers
         row: dict[str, Any] = {"layer": i, "becomes": config.student.mixer if converted else "attention (kept)"}
-        row |= {"parameters": made if converted else kept, "cache_bytes_per_token": 0 if converted else per_token}
+        row |= {"parameters": made[i] if converted else kept, "cache_bytes_per_token": 0 if converted else per_token}
         row |= {"cache_tokens": None if converted else spec.window(teacher, i)}
         table.append(row | {"cache_bytes_fixed": fixed if converted else 0})
     crossover = math.ceil(fixed / per_token)
-    added = sum(made - counts.attention[i] for i in layers)
+    added = sum(made[i] - counts.attention[i] for i in layers)
     return {
         "teacher": config.teacher.source,
         "family": teacher.model_type,
@@ -61,7 +64,7 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
         "never_smaller": [i for i in layers if (spec.window(teacher, i) or crossover) < crossover],
         "treatment": [row._asdict() for row in treatments(spec, teacher, layers, config.student.mixer, init)],
         "stock_export_fits": spec.stock_export(teacher) if config.student.mixer == "mamba2" else None,
-        "estimate": _estimate(config, counts, made * len(layers), added, attention.hidden),
+        "estimate": _estimate(config, counts, sum(made[i] for i in layers), added, attention.hidden),
     }
 
 

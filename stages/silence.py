@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmorph.convert.families import FamilySpec
-from ssmorph.convert.mixers import Mixer
+from ssmorph.convert.mixers import Mixer, ScanMixer, WindowedMixer
 
 # a decay whose exponential is 0 in float32: nothing of the state outlives a token
 FORGET = -110.0
@@ -44,7 +44,12 @@ def silenced(hybrid: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stateless(mixer: Mixer) -> Iterator[None]:
-    """While open, the mixer's recurrent state holds the present token alone; its convolution works on."""
+    """While open, a state holds the present token alone, and one behind a window says nothing; the rest works on."""
+    if isinstance(mixer, WindowedMixer):
+        with _shut(mixer):
+            yield
+        return
+    assert isinstance(mixer, ScanMixer)
     decay = mixer._decay
 
     def forgetful(decay_BLH: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -56,6 +61,19 @@ def stateless(mixer: Mixer) -> Iterator[None]:
         yield
     finally:
         del mixer._decay
+
+
+@contextlib.contextmanager
+def _shut(mixer: WindowedMixer) -> Iterator[None]:
+    if mixer.state is None:
+        yield
+        return
+    gate_H = mixer.state.gate.detach().clone()
+    mixer.state.gate.data.zero_()
+    try:
+        yield
+    finally:
+        mixer.state.gate.data.copy_(gate_H)
 
 
 @contextlib.contextmanager
@@ -75,5 +93,5 @@ def restored(hybrid: Any, teacher: Any, spec: FamilySpec, layers: list[int]) -> 
 
 def own_window(mixer: Mixer) -> tuple[int, int] | None:
     """(tokens, sinks) of the attention that a mixer keeps beside its state; None for one without."""
-    window = getattr(mixer, "window", None)
-    return None if window is None else (int(window), int(getattr(mixer, "sinks", 0)))
+    shape = mixer.shape
+    return (shape.window - shape.sinks, shape.sinks) if shape.window else None

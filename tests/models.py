@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from ssmorph.convert.families import family_of
+from ssmorph.convert.mixers import ScanMixer, WindowedMixer
 from ssmorph.convert.modeling import hybrid_of
-from ssmorph.convert.surgery import copy_attention
+from ssmorph.convert.surgery import MixerChoice, start_mixer
 from ssmorph.convert.tiny import strengthen, tiny_config
 
 
@@ -24,10 +25,19 @@ def tiny_hybrid(kind: str = "mamba2", layers: tuple[int, ...] = (1, 3), teacher:
     teacher = teacher or tiny_teacher()
     family = family_of(teacher.config)
     torch.manual_seed(0)
-    mixers = {i: copy_attention(teacher, family, i, kind) for i in layers}
+    # a window shorter than any text of the tests, so that its state is asked
+    choice = MixerChoice(kind=kind, window=5, sinks=2, state=7)
+    mixers = {i: start_mixer(teacher, family, i, choice) for i in layers}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for mixer in mixers.values():
+            if isinstance(mixer, WindowedMixer):
+                if mixer.state is not None:
+                    for parameter in mixer.state.parameters():
+                        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+                    mixer.state.gate.fill_(2)
+                continue
+            assert isinstance(mixer, ScanMixer)
             mixer.conv1d.weight.copy_(0.6 * torch.randn(mixer.conv1d.weight.shape, generator=generator))
             mixer.D.copy_(torch.randn(mixer.D.shape, generator=generator))
             mixer.in_proj.weight[-mixer.shape.heads :].normal_(std=0.1, generator=generator)
@@ -38,13 +48,17 @@ def tiny_hybrid(kind: str = "mamba2", layers: tuple[int, ...] = (1, 3), teacher:
 
 @torch.no_grad()
 def assert_states_matter(student: Any) -> None:
-    """Zeroing the recurrent states, and zeroing the convolution caches, each moves the next logits by 1e-2 at least."""
+    """Zeroing the recurrent states, and what else is cached, each moves the next logits by 1e-2 at least."""
     tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(2))
     cache = student(tokens[:, :20], use_cache=True).past_key_values
     expected = student(tokens[:, 20:], past_key_values=copy.deepcopy(cache)).logits
-    for states in ("recurrent_states", "conv_states"):
-        damaged = copy.deepcopy(cache)
+    for part in ("recurrent_states", "conv_states", "held"):
+        damaged, zeroed = copy.deepcopy(cache), 0
         for i in student.mixers():
-            getattr(damaged.layers[i], states)[0].zero_()
+            kept = getattr(damaged.layers[i], part, None) or {}
+            for tensor in kept.values() if isinstance(kept, dict) else kept[:2]:
+                if tensor is not None:
+                    tensor.zero_()
+                    zeroed += 1
         moved = (student(tokens[:, 20:], past_key_values=damaged).logits - expected).abs().max()
-        assert moved >= 1e-2, f"zeroing {states} moved logits by {moved}"
+        assert moved >= 1e-2 or not zeroed, f"zeroing {part} moved logits by {moved}"

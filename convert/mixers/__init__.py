@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
+
+from torch import nn
 
 from ...errors import fail, nearest
-from .base import Mixer, MixerShape, ScanInputs
+from .base import Mixer, MixerShape, ScanInputs, ScanMixer
 from .discrete_mamba2 import DiscreteMamba2Mixer
 from .mamba2 import Mamba2Mixer
+from .windowed import State, WindowedMixer, WindowMixer
 
-MIXERS: dict[str, Callable[[MixerShape, int], Mixer]] = {m.kind: m for m in (Mamba2Mixer, DiscreteMamba2Mixer)}
+MIXERS: dict[str, Any] = {m.kind: m for m in (Mamba2Mixer, DiscreteMamba2Mixer, WindowedMixer, WindowMixer)}
 
-__all__ = ["MIXERS", "Mixer", "MixerShape", "ScanInputs", "make_mixer"]
+__all__ = ["MIXERS", "Mixer", "MixerShape", "ScanInputs", "ScanMixer", "State", "WindowedMixer", "make_mixer"]
 
 
-def make_mixer(kind: str, shape: MixerShape, layer: int) -> Mixer:
+def make_mixer(kind: str, shape: MixerShape, layer: int, attention: nn.Module, out: str) -> Mixer:
     """A new mixer of the class registered as `kind`.
+
+    Args:
+        attention: the layer's own attention, which a windowed mixer takes in; the others do without.
+        out: the name of its output projection.
 
     Raises:
         ValueError: no mixer has that name.
     """
     if kind not in MIXERS:
         raise fail("student.mixer", "must be a registered mixer", repr(kind), nearest(kind, MIXERS))
-    return MIXERS[kind](shape, layer)
+    made = MIXERS[kind]
+    mixer = made(shape, layer, attention, out) if issubclass(made, WindowedMixer) else made(shape, layer)
+    assert isinstance(mixer, Mixer)
+    return mixer

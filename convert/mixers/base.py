@@ -1,4 +1,4 @@
-"""What the two student mixers share: projection, causal convolution, scan, caches, padding and packed documents.
+"""What student mixers share, and for a Mamba-2 layer alone: projection, convolution, scan, caches, padding, packing.
 
 B batch, L length, D model width, H heads, G groups, P head width, N state width, C convolved channels, E = H*P.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssmorph.kernels.conv import causal_conv, causal_conv_step
 from ssmorph.kernels.ssd import ssd, ssd_step
 
-from ..cache import cache_layer, padding_mask, segments
+from ..cache import MixerCacheLayer, cache_layer, padding_mask, segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,9 @@ class MixerShape:
     conv_kernel: int = 4
     eps: float = 1e-5
     out_bias: bool = False
+    # tokens that an attention window holds, its sinks among them; 0 for none
+    window: int = 0
+    sinks: int = 0
 
     @property
     def inner(self) -> int:
@@ -58,18 +61,38 @@ class ScanInputs(NamedTuple):
 
 
 class Mixer(nn.Module, ABC):
-    """A Mamba-2 layer with the call signature of a decoder's self-attention.
+    """What stands in a decoder layer's place of self-attention, with its call signature."""
+
+    kind: str
+
+    def __init__(self, shape: MixerShape, layer_idx: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.layer_idx = layer_idx
+
+    @abstractmethod
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """[B, L, D] to ([B, L, D], None): the pair a self-attention returns, without attention weights."""
+
+    @abstractmethod
+    def output(self) -> nn.Linear:
+        """The projection that ends the mixer; what it says is linear in this one's input."""
+
+    @abstractmethod
+    def synthetic_cache(self, tokens: int) -> MixerCacheLayer:
+        """A cache as large as it is after `tokens` tokens of one row, for measurements of speed and bytes."""
+
+
+class ScanMixer(Mixer):
+    """A Mamba-2 layer: all it remembers is a state.
 
     Subclasses say how `in_proj` splits, what decay and weight a token has, and what happens after the scan.
     """
 
-    kind: str
     conv_silu: bool
 
     def __init__(self, shape: MixerShape, layer_idx: int, projected: int) -> None:
-        super().__init__()
-        self.shape = shape
-        self.layer_idx = layer_idx
+        super().__init__(shape, layer_idx)
         self.in_proj = nn.Linear(shape.hidden, projected, bias=False)
         channels = shape.conv_channels
         self.conv1d = nn.Conv1d(channels, channels, shape.conv_kernel, groups=channels, padding=shape.conv_kernel - 1)
@@ -102,7 +125,7 @@ class Mixer(nn.Module, ABC):
         `layer_past` is what some families call the cache.
         """
         valid_BL = padding_mask(attention_mask, hidden_states.shape[1])
-        cache = cache_layer(layer_past if past_key_values is None else past_key_values, self.layer_idx)
+        cache = cache_layer(layer_past if past_key_values is None else past_key_values, self.layer_idx, MixerCacheLayer)
         features_BLE = self.features(hidden_states, valid_BL, segments(position_ids), cache)
         return self.out_proj(features_BLE), None
 
@@ -118,6 +141,18 @@ class Mixer(nn.Module, ABC):
         else:
             y_BLHP = self._scan(channels, decay, valid_BL, segment_BL, cache)
         return self._finish(y_BLHP.flatten(-2), gate)
+
+    def output(self) -> nn.Linear:
+        """out_proj."""
+        return self.out_proj
+
+    def synthetic_cache(self, tokens: int) -> MixerCacheLayer:
+        """A cache as large as it is after `tokens` tokens of one row, for measurements of speed and bytes."""
+        shape, weight = self.shape, self.in_proj.weight
+        layer = MixerCacheLayer()
+        state_BHPN = torch.zeros(1, shape.heads, shape.head_dim, shape.state, device=weight.device)
+        layer.store(weight.new_zeros(1, shape.conv_kernel - 1, shape.conv_channels), state_BHPN, tokens)
+        return layer
 
     def scan_inputs(self, hidden_BLD: Tensor) -> ScanInputs:
         """The mixing matrix's factors for unpadded, unpacked inputs."""

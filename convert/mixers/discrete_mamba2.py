@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Mixer, MixerShape
+from .base import MixerShape, ScanMixer
 
 # silu(GATE_OPEN) = 1: a gate that leaves the scan's output as it is
 GATE_OPEN = 1.278464542761
 
 
-class DiscreteMamba2Mixer(Mixer):
+class DiscreteMamba2Mixer(ScanMixer):
     """The student of the MOHAWK paper."""
 
     kind = "discrete_mamba2"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssmorph.kernels.norm import gated_group_norm
 
-from .base import Mixer, MixerShape
+from .base import MixerShape, ScanMixer
 
 
 class GatedNorm(nn.Module):
@@ -23,7 +23,7 @@ class GatedNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
 
-class Mamba2Mixer(Mixer):
+class Mamba2Mixer(ScanMixer):
     """The default student."""
 
     kind = "mamba2"

@@ -12,7 +12,8 @@ from transformers import AutoConfig
 from ssmorph.convert.counts import expert_share, mixer_parameters, parameters, teacher_counts
 from ssmorph.convert.families import attention_shape, family_of
 from ssmorph.convert.modeling import hybrid_of
-from ssmorph.convert.surgery import copy_attention, faithful_shape
+from ssmorph.convert.surgery import MixerChoice, shape_of, start_mixer
+from tests.families.hybrids import EACH
 from tests.families.tiny import ROWS, family_config, family_teacher
 
 LAYERS = (1, 3)
@@ -33,16 +34,17 @@ def matmuls_of_one_token(teacher: Any) -> int:
     return seen
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("kind", ["mamba2", "discrete_mamba2"])
+@pytest.mark.parametrize(("row", "kind"), EACH)
 def test_counts_are_those_of_the_built_models(row: str, kind: str) -> None:
     config, teacher = family_config(row), family_teacher(row)
     spec = family_of(config)
     counts = teacher_counts(config, spec)
     assert counts.total == parameters(teacher)
-    made = mixer_parameters(kind, faithful_shape(attention_shape(config), 4))
-    student = hybrid_of(teacher, {i: copy_attention(teacher, spec, i, kind) for i in LAYERS}, "test")
-    assert counts.total + sum(made - counts.attention[i] for i in LAYERS) == parameters(student)
+    choice = MixerChoice(kind=kind)
+    student = hybrid_of(teacher, {i: start_mixer(teacher, spec, i, choice) for i in LAYERS}, "test")
+    shape = shape_of(attention_shape(config), choice)
+    added = sum(mixer_parameters(kind, shape, counts.attention[i]) - counts.attention[i] for i in LAYERS)
+    assert counts.total + added == parameters(student)
     # Phi's head has biases
     assert counts.head // config.vocab_size in (config.hidden_size, config.hidden_size + 1)
 

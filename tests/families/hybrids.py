@@ -11,7 +11,9 @@ from tests.families.tiny import ROWS, family_teacher
 from tests.models import tiny_hybrid
 
 KINDS = ("mamba2", "discrete_mamba2")
-EACH = [(row, kind) for row in ROWS for kind in KINDS]
+# a window adds what is an attention's own: soft caps, norms, scales, parallel blocks, one key/value head
+WITH_WINDOW = ("llama", "qwen3", "phi", "gemma2", "gemma3", "gpt_neox", "granite")
+EACH = [(row, kind) for row in ROWS for kind in KINDS] + [(row, "windowed_mamba2") for row in WITH_WINDOW]
 
 
 def some_layers(row: str, kind: str) -> Any:

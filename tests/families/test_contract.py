@@ -12,14 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import ssmorph.hf  # noqa: F401  registers the classes
 from ssmorph.convert.modeling import SsmorphConfig, SsmorphForCausalLM
-from tests.families.hybrids import KINDS, close, tokens
-from tests.families.tiny import ROWS, family_teacher
+from tests.families.hybrids import EACH, close, tokens
+from tests.families.tiny import family_teacher
 from tests.models import tiny_hybrid
 
 PLANS = {"some": (1, 3), "all": (0, 1, 2, 3)}
 
 
-@pytest.fixture(scope="module", params=[(r, k, p) for r in ROWS for k in KINDS for p in PLANS], ids="-".join)
+@pytest.fixture(scope="module", params=[(*pair, plan) for pair in EACH for plan in PLANS], ids="-".join)
 def hybrid(request: pytest.FixtureRequest) -> Any:
     row, kind, plan = request.param
     return tiny_hybrid(kind, PLANS[plan], family_teacher(row))

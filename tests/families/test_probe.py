@@ -14,6 +14,7 @@ from ssmorph.convert.calibrate import CalibrationOptions, calibrate
 from ssmorph.convert.families import FAMILIES, family_of
 from ssmorph.convert.families.probe import probe, tiny_model
 from ssmorph.convert.families.probe_check import CheckError, checked
+from ssmorph.convert.surgery import MixerChoice
 from ssmorph.convert.tiny import strengthen
 from ssmorph.stages.artifact import copied_student
 from tests.families.tiny import COMMON, GQA, WIDE, family_config, family_teacher
@@ -65,7 +66,7 @@ def test_an_unlisted_family_is_converted(model_type: str) -> None:
     teacher = teacher_of(model_type)
     spec = family_of(teacher.config)
     checked(teacher, spec)
-    student = copied_student(teacher, spec, (1, 3), "mamba2", 4, 0, own_rest=False)
+    student = copied_student(teacher, spec, (1, 3), MixerChoice(kind="mamba2"), 0, own_rest=False)
     x = [torch.randint(0, 256, (2, 48), generator=torch.Generator().manual_seed(i)) for i in range(8)]
     fits = calibrate(teacher, student, spec, x, CalibrationOptions())
     assert all(fit.accepted and fit.error < min(1.0, fit.error_copy) for fit in fits)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ssmorph.convert.calibrate import CalibrationOptions, calibrate
 from ssmorph.convert.capture import captured
 from ssmorph.convert.families import family_of
+from ssmorph.convert.surgery import MixerChoice
 from ssmorph.stages.artifact import copied_student
 from ssmorph.stages.config import LogitsStage
 from ssmorph.stages.controls import windowed
@@ -23,7 +24,7 @@ from tests.families.tiny import ROWS, family_teacher
 
 
 def student_of(teacher: Any, kind: str = "mamba2", layers: tuple[int, ...] = (1, 3)) -> Any:
-    return copied_student(teacher, family_of(teacher.config), layers, kind, 4, 0, own_rest=False)
+    return copied_student(teacher, family_of(teacher.config), layers, MixerChoice(kind=kind), 0, own_rest=False)
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "discrete_mamba2"])

@@ -170,7 +170,9 @@ def test_shared_parts_are_no_recipes_and_are_used(base: Path) -> None:
 
 
 def test_recipes_for_one_gpu_fit_one_of_80_gb() -> None:
-    cards = [p for p in RECIPES if p.stem.endswith("-one-gpu") or p.parent.name == "phi" or p.stem == "3.2-3b-mambainllama"]
+    cards = [
+        p for p in RECIPES if p.stem.endswith("-one-gpu") or p.parent.name == "phi" or p.stem == "3.2-3b-mambainllama"
+    ]
     assert all(load_recipe(p).device == ("cuda" if p in cards else "cpu") for p in RECIPES)
     for recipe in cards:
         _, _, found = plan(recipe)

@@ -1,0 +1,219 @@
+"""The layer's own attention inside a short window, and a Mamba-2 state for every token that has left it.
+
+The state is a scan over the tokens that leave: S_t = exp(-dt A) S_{t-1} + dt [v; 1] B^T. A key writes to the
+prototypes it is close to, B = softmax(key_map k + key_bias); a query reads them as softmax attention would read keys
+that lie there, C = gate exp(query_map q + query_bias). The ones beside the values collect the mass, by which window and
+state are divided together. With the gate shut (at the start) or without a state the layer is the window alone.
+
+Queries, keys and values are the attention's own, after norms and RoPE, shared by the query heads of a group: nothing
+but the state is added to what the window caches. B batch, L length, H query heads, G key/value heads, P head width, N
+prototypes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ssmorph.kernels.ssd import ssd
+
+from ..cache import WindowCacheLayer, cache_layer, padding_mask, segments
+from ..window import Window, empty
+from .base import Mixer, MixerShape
+
+FUNCTION = "ssmorph_windowed"
+# a prototype may outweigh the window's largest score by e^30 before sums are scaled by it
+HEADROOM = 30.0
+
+# queries [B, H, L, P], keys and values [B, G, L, P], scale, soft cap, sink logits [H] to what is attended, [B, L, H, P]
+Attend = Callable[[Tensor, Tensor, Tensor, float, float | None, Tensor | None], Tensor]
+
+
+class State(nn.Module):
+    """The parameters of the state: where keys write, where queries read, step and decay, and how far it is heard."""
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__()
+        heads, groups, states, width = shape.heads, shape.groups, shape.state, shape.head_dim
+        self.key_map = nn.Parameter(torch.zeros(groups, states, width))
+        self.key_bias = nn.Parameter(torch.zeros(groups, states))
+        self.query_map = nn.Parameter(torch.zeros(heads, states, width))
+        self.query_bias = nn.Parameter(torch.zeros(heads, states))
+        self.dt_map = nn.Parameter(torch.zeros(groups, width))
+        self.dt_bias = nn.Parameter(torch.zeros(groups))
+        self.A_log = nn.Parameter(torch.zeros(groups))
+        self.gate = nn.Parameter(torch.zeros(heads))
+
+
+class WindowedMixer(Mixer):
+    """`windowed_mamba2`: window, sinks and state."""
+
+    kind = "windowed_mamba2"
+
+    def __init__(self, shape: MixerShape, layer_idx: int, attention: nn.Module, out: str) -> None:
+        super().__init__(shape, layer_idx)
+        _register()
+        # a config of its own, which alone says that this attention calls our function
+        config: Any = copy.copy(attention.config)
+        config._attn_implementation_internal = FUNCTION
+        attention.config = config
+        self.attention = attention
+        self.out_name = out
+        self.state = State(shape) if shape.state else None
+
+    def synthetic_cache(self, tokens: int) -> WindowCacheLayer:
+        """A cache as large as it is after `tokens` tokens of one row, for measurements of speed and bytes."""
+        shape, weight = self.shape, self.output().weight
+        layer = WindowCacheLayer()
+        state = weight.new_zeros(1, shape.groups, shape.head_dim + 1, shape.state, dtype=torch.float32)
+        held = empty(weight.new_zeros(1, shape.groups, 0, shape.head_dim), shape.window - shape.sinks, shape.sinks)
+        layer.keep(held, state if shape.state else None, tokens)
+        return layer
+
+    def output(self) -> nn.Linear:
+        """The attention's output projection."""
+        out = self.attention.get_submodule(self.out_name)
+        assert isinstance(out, nn.Linear)
+        return out
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """[B, L, D] to ([B, L, D], None); other arguments, RoPE's tables among them, go to the attention."""
+        valid_BL = padding_mask(attention_mask, hidden_states.shape[1])
+        cache = cache_layer(
+            layer_past if past_key_values is None else past_key_values, self.layer_idx, WindowCacheLayer
+        )
+        segment_BL = segments(position_ids)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        return self.call_attention(hidden_states, self._answer(valid_BL, segment_BL, cache), kwargs), None
+
+    def features(self, hidden_BLD: Tensor, **kwargs: Any) -> Tensor:
+        """What enters the attention's output projection, [B, L, E]; whole documents without padding."""
+        kept: list[Tensor] = []
+        answer = self._answer(None, None, None)
+
+        def attend(*arguments: Any) -> Tensor:
+            kept.append(answer(*arguments))
+            return kept[0]
+
+        self.call_attention(hidden_BLD, attend, kwargs)
+        return kept[0].flatten(2)
+
+    def call_attention(self, hidden_BLD: Tensor, attend: Attend, kwargs: dict[str, Any]) -> Tensor:
+        """The attention's output with `attend` [B, L, H, P] in the place of its softmax."""
+        self.attention.__dict__["attend"] = attend
+        try:
+            return self.attention(hidden_BLD, attention_mask=None, **kwargs)[0]
+        finally:
+            del self.attention.__dict__["attend"]
+
+    def _answer(self, valid_BL: Tensor | None, segment_BL: Tensor | None, cache: WindowCacheLayer | None) -> Attend:
+        """What stands for the softmax in one call of the attention."""
+
+        def attend(
+            q_BHLP: Tensor,
+            k_BGLP: Tensor,
+            v_BGLP: Tensor,
+            scale: float,
+            softcap: float | None,
+            sinks_H: Tensor | None,
+        ) -> Tensor:
+            held = state = None
+            if cache is not None and cache.held is not None:
+                held, state = cache.held, cache.recurrent_states[0]
+            held = held or empty(k_BGLP, self.shape.window - self.shape.sinks, self.shape.sinks)
+            window = Window(held, k_BGLP, v_BGLP, valid_BL, segment_BL)
+            near = window.near(q_BHLP, scale, softcap, sinks_H)
+            values_BHLP, mass_BHL, final = near.values_BHLP, near.mass_BHL, None
+            if self.state is not None:
+                shrink_BHL, far_BHLQ, final = self.far(q_BHLP, window, near.top_BHL, softcap, state)
+                values_BHLP = values_BHLP * shrink_BHL.unsqueeze(-1) + far_BHLQ[..., :-1]
+                mass_BHL = mass_BHL * shrink_BHL + far_BHLQ[..., -1]
+            if cache is not None:
+                cache.keep(window.hold(), final, q_BHLP.shape[2])
+            tiny = torch.finfo(torch.float32).tiny
+            return (values_BHLP / mass_BHL.clamp_min(tiny).unsqueeze(-1)).transpose(1, 2).to(q_BHLP.dtype)
+
+        return attend
+
+    def far(
+        self, q_BHLP: Tensor, window: Window, top_BHL: Tensor, softcap: float | None, state_BGQN: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the state answers.
+
+        Returns:
+            The factor by which the window's sums shrink where a prototype outweighs them; the far values and their
+            mass, [B, H, L, P + 1]; the state after the last token, [B, G, P + 1, N], float32.
+        """
+        left, own = window.leaving(), self.state
+        assert own is not None
+        repeat = self.shape.heads // self.shape.groups
+        logits_BHLN = torch.einsum("bhlp,hnp->bhln", q_BHLP.float(), own.query_map.float())
+        logits_BHLN = logits_BHLN + own.query_bias.float()[:, None]
+        if softcap is not None:
+            logits_BHLN = softcap * torch.tanh(logits_BHLN / softcap)
+        over_BHL = torch.maximum(top_BHL, logits_BHLN.detach().amax(-1) - HEADROOM)
+        C_BHLN = torch.exp(logits_BHLN - over_BHL.unsqueeze(-1)) * own.gate.float().clamp_min(0)[:, None, None]
+        if left.own_BL is not None:
+            C_BHLN = C_BHLN * left.own_BL[:, None, :, None]
+        k_BGLP, v_BGLP = left.k_BGLP.float(), left.v_BGLP.float()
+        scores_BGLN = torch.einsum("bglp,gnp->bgln", k_BGLP, own.key_map.float()) + own.key_bias.float()[:, None]
+        dt_BGL = F.softplus(torch.einsum("bglp,gp->bgl", k_BGLP, own.dt_map.float()) + own.dt_bias.float()[:, None])
+        dt_BGL = dt_BGL * left.enters_BL.unsqueeze(1)
+        x_BGLQ = F.pad(v_BGLP, (0, 1), value=1.0)
+
+        def each(grouped: Tensor) -> Tensor:
+            """[B, G, L, ...] as the scan takes it, [B, L, H, ...]."""
+            return grouped.repeat_interleave(repeat, dim=1).transpose(1, 2)
+
+        y_BLHQ, final = ssd(
+            each(x_BGLQ),
+            each(-dt_BGL * own.A_log.float().exp()[:, None]),
+            each(scores_BGLN.softmax(-1)),
+            C_BHLN.transpose(1, 2),
+            w_BLH=each(dt_BGL),
+            initial_state_BHPN=None if state_BGQN is None else state_BGQN.repeat_interleave(repeat, dim=1),
+            segment_BL=None if left.segment_BL is None else left.segment_BL.to(torch.int32),
+        )
+        final_BGQN = final[:, ::repeat]
+        if left.own_BL is not None:
+            # the newest document may not have lost a token yet
+            final_BGQN = final_BGQN * left.own_BL[:, -1, None, None, None]
+        return torch.exp(top_BHL - over_BHL), y_BLHQ.transpose(1, 2), final_BGQN.contiguous()
+
+
+class WindowMixer(WindowedMixer):
+    """`window`: the same without a state, which every window with a state has to beat."""
+
+    kind = "window"
+
+
+def _windowed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls by name: hands on to the mixer whose attention this is."""
+    del attention_mask
+    scale = kwargs.get("scaling")
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    attend: Attend = module.__dict__["attend"]
+    return attend(query, key, value, scale, kwargs.get("softcap"), kwargs.get("s_aux")), None
+
+
+def _register() -> None:
+    AttentionInterface.register(FUNCTION, _windowed_attention)
+    AttentionMaskInterface.register(FUNCTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

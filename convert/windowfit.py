@@ -1,0 +1,116 @@
+"""Closed-form start of the state behind a window: prototypes of the keys, and how much each head trusts them.
+
+A query that met every old key at its prototype would answer as softmax attention over prototypes, each weighed by how
+many keys it stands for. So the prototypes are the centres of a k-means of the layer's own keys, after norms and RoPE,
+and the query's map is the attention's scale times the same centres. One factor per head, the gate, is chosen on the
+heads' outputs. Nothing is trained.
+
+B batch, L length, T tokens, H query heads, G key/value heads, P head width, N prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .mixers import WindowedMixer
+from .start import inverse_softplus
+from .window import Window, empty
+
+ROUNDS = 12
+# a key shares itself out over prototypes by exp(-SHARP d^2 / mean d^2)
+SHARP = 8.0
+# mean distance over which the state forgets, in tokens: softmax does not
+DISTANCE = 1e4
+GATES = (0.0, *(2.0 ** (power / 2) for power in range(-12, 7)))
+
+
+@torch.no_grad()
+def fit_state(
+    mixer: WindowedMixer, inputs: Sequence[Tensor], heads_BLE: Sequence[Tensor], kwargs: dict[str, Any]
+) -> None:
+    """Writes prototypes, decay and gate into `mixer`.
+
+    Args:
+        inputs: what enters the layer's attention, [B, L, D] each.
+        heads_BLE: what should reach its output projection.
+        kwargs: the attention's other arguments, RoPE's tables among them.
+    """
+    if mixer.state is None:
+        return
+    calls = [attended(mixer, u, kwargs) for u in inputs]
+    scale = calls[0][3]
+    k_GTP = torch.cat([k.transpose(0, 1).flatten(1, 2) for _, k, *_ in calls], dim=1)
+    _place(mixer, k_GTP.float(), scale)
+    mixer.state.gate.fill_(1)
+    gates_V = torch.tensor(GATES, device=k_GTP.device)
+    error_VH = torch.zeros(len(GATES), mixer.shape.heads, dtype=torch.float64, device=k_GTP.device)
+    for (q, k, v, scale, softcap, sinks_H), taught in zip(calls, heads_BLE, strict=True):
+        held = empty(k, mixer.shape.window - mixer.shape.sinks, mixer.shape.sinks)
+        window = Window(held, k, v, None, None)
+        near = window.near(q, scale, softcap, sinks_H)
+        shrink, far, _ = mixer.far(q, window, near.top_BHL, softcap, None)
+        values, mass = near.values_BHLP * shrink.unsqueeze(-1), near.mass_BHL * shrink
+        target = taught.unflatten(-1, (mixer.shape.heads, -1)).transpose(1, 2)
+        for i, gate in enumerate(gates_V):
+            own = (values + gate * far[..., :-1]) / (mass + gate * far[..., -1]).unsqueeze(-1)
+            error_VH[i] += (own - target).double().square().sum((0, 2, 3))
+    mixer.state.gate.copy_(gates_V[error_VH.argmin(0)])
+
+
+def attended(mixer: WindowedMixer, hidden_BLD: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Queries, keys, values, scale, soft cap and sink logits of one call, as `Attend` has them."""
+    seen: list[tuple[Any, ...]] = []
+
+    def attend(*arguments: Any) -> Tensor:
+        seen.append(arguments)
+        q_BHLP: Tensor = arguments[0]
+        return torch.zeros_like(q_BHLP).transpose(1, 2)
+
+    mixer.call_attention(hidden_BLD, attend, kwargs)
+    return seen[0]
+
+
+def _place(mixer: WindowedMixer, k_GTP: Tensor, scale: float) -> None:
+    state, repeat = mixer.state, mixer.shape.heads // mixer.shape.groups
+    assert state is not None
+    centres_GNP, spread_G = prototypes(k_GTP, mixer.shape.state)
+    sharp_G11 = (SHARP / spread_G.clamp_min(1e-12))[:, None, None]
+    state.key_map.copy_(2 * sharp_G11 * centres_GNP)
+    state.key_bias.copy_(-(sharp_G11 * centres_GNP.square()).sum(-1))
+    state.query_map.copy_((scale * centres_GNP).repeat_interleave(repeat, dim=0))
+    state.query_bias.zero_()
+    state.dt_map.zero_()
+    state.dt_bias.copy_(inverse_softplus(torch.ones_like(state.dt_bias, dtype=torch.float64)))
+    state.A_log.fill_(-math.log(DISTANCE))
+
+
+def prototypes(k_GTP: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Centres of a k-means [Lloyd, 1982] of each group's keys, [G, N, P], and the mean squared distance to them, [G].
+
+    A centre that no key is closest to stays where it was.
+    """
+    tokens = k_GTP.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(tokens, (count,), generator=generator)
+    if tokens >= count:
+        start = torch.randperm(tokens, generator=generator)[:count]
+    centres = k_GTP[:, start.to(k_GTP.device)].clone()
+    for _ in range(ROUNDS):
+        nearest_GT = _distances(k_GTP, centres).argmin(-1)
+        member_GTN = F.one_hot(nearest_GT, count).to(k_GTP.dtype)
+        size_GN1 = member_GTN.sum(1).unsqueeze(-1)
+        means = member_GTN.transpose(1, 2) @ k_GTP / size_GN1.clamp_min(1)
+        centres = torch.where(size_GN1 > 0, means, centres)
+    return centres, _distances(k_GTP, centres).amin(-1).mean(-1).clamp_min(0)
+
+
+def _distances(k_GTP: Tensor, centres_GNP: Tensor) -> Tensor:
+    """Squared distances, [G, T, N]."""
+    cross = k_GTP @ centres_GNP.transpose(1, 2)
+    return k_GTP.square().sum(-1, keepdim=True) - 2 * cross + centres_GNP.square().sum(-1).unsqueeze(1)
