@@ -30,8 +30,8 @@ ELSEWHERE = {
 def measured(config: RunConfig, plan: dict[str, Any]) -> dict[str, Any]:
     """The plan with `measured` in each row of its treatment that is not exact, and `measured_on`, the text.
 
-    `measured` has `median`, `worst` and `worst_layer` of ||o' - o||^2 / ||o||^2 over the converted layers with it,
-    or `not_measured`, the reason; teacher or text that cannot be loaded is one. Rows of one name share a cost.
+    `measured` has `median`, `worst` and `worst_layer` of ||o' - o||^2 / ||o||^2 over the converted layers that have the
+    feature, or `not_measured`, the reason; teacher or text that cannot be loaded is one. Rows of one name share a cost.
     """
     rows, text = plan["treatment"], None
     lost = [row["feature"] for row in rows if row["treatment"] != "exact"]

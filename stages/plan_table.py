@@ -55,7 +55,7 @@ def _print_treatment(console: Console, plan: dict[str, Any]) -> None:
     text = plan.get("measured_on")
     if text is not None:
         console.print(
-            "Measured: squared error of the attention output by that one change, as a share of its square;"
+            "Measured: squared error of the attention output by that one change, as a share of its square, on"
             f" {text['windows']} held-out windows of {text['window']} tokens ({text['set']})."
         )
 
@@ -65,7 +65,7 @@ def _cost(measured: dict[str, Any] | None) -> str:
         return ""
     if "not_measured" in measured:
         return f"not measured: {measured['not_measured']}"
-    return f"{measured['median']:.2g}, worst {measured['worst']:.2g} (layer {measured['worst_layer']})"
+    return f"median {measured['median']:.2g}, worst {measured['worst']:.2g} (layer {measured['worst_layer']})"
 
 
 def _print_estimate(console: Console, estimate: dict[str, Any]) -> None:
