@@ -18,7 +18,7 @@ from ssmorph.convert.surgery import copy_attention
 from .controls import SINKS, equal_window, removed, windowed
 from .data import PackedData
 from .decode import decode_speed
-from .retrieval import FACTS, accuracy, make_probes
+from .retrieval import FACTS, accuracy, filler_of, make_probes
 from .scores import Candidate, by_position, score
 
 
@@ -137,10 +137,9 @@ def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, layers: list[int], se
 def _retrieval(
     teacher: Any, candidates: list[Candidate], data: PackedData, tokenizer: Any, suite: Suite, seed: int
 ) -> list[dict[str, Any]]:
-    names = [n for n in data.heldout_names() if n != data.domain_name]
-    if not names or not suite.retrieval_probes:
+    filler = filler_of(data)
+    if not len(filler) or not suite.retrieval_probes:
         return []
-    filler = torch.cat([data.heldout_windows(n, 64, 8192).flatten() for n in names])
     rows = []
     for distance in suite.retrieval_distances:
         probes = make_probes(tokenizer, filler, distance, suite.retrieval_probes, seed)
