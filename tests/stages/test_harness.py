@@ -122,6 +122,33 @@ def test_all_missing_data_sets_are_named(harness: Any, monkeypatch: pytest.Monke
         harness.mohawk_tasks()
 
 
+# one document each, in the columns that the tasks read
+CHOICES = {"label": ["A", "B"], "text": ["warm", "cold"]}
+STAND_INS = {
+    "allenai/winogrande": {"sentence": "The _ is warm.", "option1": "sun", "option2": "ice", "answer": "1"},
+    "allenai/ai2_arc": {"question": "What is ice?", "choices": CHOICES, "answerKey": "B"},
+    "baber/piqa": {"goal": "To cool a drink,", "sol1": "add ice", "sol2": "add fire", "label": 0},
+    "Rowan/hellaswag": {"ctx_a": "She pours tea.", "ctx_b": "then she", "activity_label": "Tea", "label": "1",
+                        "endings": ["flies.", "drinks.", "sinks.", "rusts."]},
+    "EleutherAI/lambada_openai": {"text": "the cold tea was full of ice"},
+}  # fmt: skip
+
+
+def test_the_papers_tasks_run_on_data_of_their_form(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def stand_in(path: str, **_: Any) -> Any:
+        rows = datasets.Dataset.from_list([STAND_INS[path]] * 3)
+        return datasets.DatasetDict({"train": rows, "validation": rows, "test": rows})
+
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    teacher = tiny_teacher()
+    report = harness.compare(teacher, tiny_hybrid(teacher=teacher), byte_tokenizer(), harness.mohawk_tasks())
+    assert tuple(dict.fromkeys(row["task"] for row in report["rows"])) == harness.MOHAWK
+    assert [row["metric"] for row in report["rows"] if row["task"] == "lambada_openai"] == ["perplexity", "acc"]
+    assert all(row["teacher"]["stderr"] == pytest.approx(0) for row in report["rows"])
+
+
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
