@@ -13,7 +13,7 @@ RECIPE := configs/smollm2/135m-demo.yaml
 # A hub or a second thread makes tests slow and irreproducible; neither is needed.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 USE_HUB_KERNELS=NO
 
-.PHONY: demo test lint types fmt lock build clean gpu floor
+.PHONY: demo test lint types fmt lock build clean gpu floor harness
 .DELETE_ON_ERROR:
 
 demo: .venv/ready-demo
@@ -34,6 +34,13 @@ floor: .venv/ready-test
 	echo "$(CURDIR)/$$(ls -d .venv/lib/python*/site-packages)" > $$(ls -d .venv-floor/lib/python*/site-packages)/later.pth
 	.venv-floor/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps triton==3.7.1
 	$(TEST_ENV) PYTHONPATH=src .venv-floor/bin/python -m pytest -q -n 2 tests/kernels
+
+# Suites of lm-eval tasks. It brings 0.6 GB, so an environment of its own adds it to what the tests have.
+harness: .venv/ready-test requirements/eval.txt
+	test -d .venv-eval || $(BIN)/python -m venv .venv-eval
+	echo "$(CURDIR)/$$(ls -d .venv/lib/python*/site-packages)" > $$(ls -d .venv-eval/lib/python*/site-packages)/later.pth
+	.venv-eval/bin/python -m pip --disable-pip-version-check --no-input install --quiet -r requirements/eval.txt
+	$(TEST_ENV) PYTHONPATH=src .venv-eval/bin/python -m pytest -q tests/stages/test_harness.py
 
 lint: .venv/ready-test
 	$(BIN)/ruff check
@@ -56,7 +63,7 @@ build: .venv/ready-test
 	rm -rf build
 
 clean:
-	rm -rf .venv .venv-floor build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor .venv-eval build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The ready files are written last: an interrupted installation is taken up again by the next make.

@@ -120,9 +120,7 @@ class SsmorphForCausalLM(PreTrainedModel, GenerationMixin):
         return super().__new__(hybrid_class(config) if cls is SsmorphForCausalLM else cls)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """As transformers' from_pretrained; only safetensors are read."""
         path = pretrained_model_name_or_path
         if not isinstance(config, SsmorphConfig):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes demo.txt and test.txt from fresh environments: lock.sh PYTHON
+# Writes demo.txt, test.txt and eval.txt from fresh environments: lock.sh PYTHON
 # The pin of torch stays as it is: change it in demo.txt by hand, then run this. So do data.txt and triton.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,6 +20,8 @@ $pip install --quiet '.[demo]'
 pins >"$scratch/demo"
 $pip install --quiet '.[test]'
 pins >"$scratch/all"
+$pip install --quiet '.[eval]'
+pins >"$scratch/eval"
 
 { echo "# Made by \`make lock\`: what \`make demo\` installs."; cat "$scratch/demo"; } >requirements/demo.txt
 {
@@ -27,3 +29,8 @@ pins >"$scratch/all"
     echo "-r demo.txt"
     grep -vxFf "$scratch/demo" "$scratch/all"
 } >requirements/test.txt
+{
+    echo "# Made by \`make lock\`: what \`make harness\` installs on top of test.txt."
+    echo "-r test.txt"
+    grep -vxFf "$scratch/all" "$scratch/eval"
+} >requirements/eval.txt

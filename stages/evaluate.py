@@ -22,7 +22,7 @@ from .generation import continuations
 from .health import not_finite
 from .insight import ablations, internals
 from .probes import ask_tasks
-from .retrieval import FACTS, accuracy, make_probes
+from .retrieval import FACTS, accuracy, filler_of, make_probes
 from .scores import Candidate, Scores, by_position, score
 from .silence import own_window
 from .suite import Suite
@@ -167,7 +167,7 @@ def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, layers: list[int], se
 def _retrieval(
     teacher: Any, candidates: list[Candidate], data: PackedData, tokenizer: Any, suite: Suite, seed: int
 ) -> list[dict[str, Any]]:
-    filler = _filler(data)
+    filler = filler_of(data)
     if not len(filler) or not suite.retrieval_probes:
         return []
     rows = []
@@ -178,16 +178,10 @@ def _retrieval(
     return rows
 
 
-def _filler(data: PackedData) -> Tensor:
-    """Held-out text to hide facts in; empty where there is none."""
-    parts = [data.heldout_windows(n, 64, 8192).flatten() for n in data.heldout_names() if n != data.domain_name]
-    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
-
-
 def _tasks(
     candidates: list[Candidate], data: PackedData, tokenizer: Any, suite: Suite, seed: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    filler = _filler(data)
+    filler = filler_of(data)
     if not len(filler) or not suite.task_probes:
         return []
     return ask_tasks(candidates, tokenizer, filler, suite.task_lengths, suite.task_depths, suite.task_probes, seed, say)

@@ -1,10 +1,11 @@
-"""Measures a finished run again with another suite."""
+"""Opens a finished run with its models and data, and measures it again with another suite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +14,8 @@ from ssmorph.convert.teachers import load_teacher
 
 from ..errors import fail
 from .artifact import earlier_students, load_student
-from .config import as_dict
-from .data import open_or_pack
+from .config import RunConfig, as_dict
+from .data import PackedData, open_or_pack
 from .evaluate import evaluate
 from .health import inspect_final
 from .recipe import load_saved
@@ -22,10 +23,27 @@ from .rundir import RunDir
 from .suite import suite_named
 
 
-def reevaluate(folder: Path, suite: str, tokens: int | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluates the run's last artifact; writes report-SUITE.json beside report.json."""
+class Finished(NamedTuple):
+    """A finished run, held: its folder, recipe, teacher, last student, packed data and tokenizer."""
+
+    run: RunDir
+    config: RunConfig
+    teacher: Any
+    student: Any
+    data: PackedData
+    tokenizer: Any
+
+
+def check_finished(folder: Path) -> None:
+    """Raises ValueError where a folder is no finished run."""
     if not (folder / "final").is_dir():
         raise fail("eval", "must be a finished run", str(folder), "Run convert to its end first.")
+
+
+@contextlib.contextmanager
+def opened(folder: Path, say: Callable[[str], None]) -> Iterator[Finished]:
+    """Holds a finished run and loads what it was made from; sets its thread count."""
+    check_finished(folder)
     with RunDir(folder) as run:
         config = load_saved(folder)
         torch.set_num_threads(run.read_json("env.json")["threads"])
@@ -33,6 +51,12 @@ def reevaluate(folder: Path, suite: str, tokens: int | None, say: Callable[[str]
         teacher, tokenizer = load_teacher(t.source, t.revision, t.trust_remote_code, config.device)
         student = load_student(folder / config.stage_names()[-1] / "student", teacher, own_rest=False)
         data = open_or_pack(config.data, tokenizer, folder / "data", say)
+        yield Finished(run, config, teacher, student, data, tokenizer)
+
+
+def reevaluate(folder: Path, suite: str, tokens: int | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Evaluates the run's last artifact; writes report-SUITE.json beside report.json."""
+    with opened(folder, say) as (run, config, teacher, student, data, tokenizer):
         measured = evaluate(teacher, student, family_of(teacher.config), data, tokenizer,
                             suite_named(suite, tokens or config.evaluate.tokens, config.data.window),
                             controls=config.evaluate.controls, seed=config.seed, say=say,

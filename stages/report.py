@@ -75,6 +75,23 @@ def _decode_table(decode: dict[str, list[dict[str, float]]]) -> Table:
     return table
 
 
+def tasks_table(report: dict[str, Any]) -> Table:
+    """Tasks of lm-eval: teacher, hybrid and their difference, with standard errors."""
+    limit = "" if report["limit"] is None else f", at most {report['limit']} documents each"
+    table = Table(title=f"{report['suite']}, lm-eval {report['lm_eval']}{limit}")
+    for column in ("task", "metric", "documents", "chance", "teacher", "hybrid", "difference"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for row in report["rows"]:
+        chance = "" if row["chance"] is None else f"{row['chance']:.2f}"
+        cells = (_with_error(**row[name]) for name in ("teacher", "hybrid"))
+        table.add_row(row["task"], row["metric"], str(row["documents"]), chance, *cells, f"{row['difference']:+.3f}")
+    return table
+
+
+def _with_error(value: float, stderr: float | None) -> str:
+    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
+
+
 def against_window(report: dict[str, Any]) -> list[str]:
     """Whether the hybrid beats the window of equal bytes, and where."""
     lines = []

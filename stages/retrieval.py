@@ -12,11 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .data import PackedData
 from .scores import Candidate
 
 NAMES = ("Alice", "Boris", "Carla", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Louis")
 CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Oslo", "Cairo", "Tokyo", "Lima", "Boston")
 FACTS = 4
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Who lives where, and whose city is asked for."""
+
+    names: tuple[str, ...]
+    cities: tuple[str, ...]
+    right: int
+
+    @classmethod
+    def draw(cls, rng: random.Random, count: int = FACTS) -> Facts:
+        """`count` people in as many cities."""
+        return cls(tuple(rng.sample(NAMES, count)), tuple(rng.sample(CITIES, count)), rng.randrange(count))
+
+    def sentences(self) -> list[str]:
+        """One a fact, ending with a space."""
+        return [f"{name} lives in {city}. " for name, city in zip(self.names, self.cities, strict=True)]
+
+    def question(self) -> str:
+        """What the right city, after a space, continues."""
+        return f"\n\nAs stated above, {self.names[self.right]} lives in"
 
 
 @dataclass(frozen=True)
@@ -28,6 +51,13 @@ class Probe:
     right: int
 
 
+def filler_of(data: PackedData) -> Tensor:
+    """Tokens [L] of held-out documents to put between fact and question; empty where a run holds none out."""
+    names = [n for n in data.heldout_names() if n != data.domain_name]
+    parts = [data.heldout_windows(n, 64, 8192).flatten() for n in names]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
 def make_probes(tokenizer: Any, filler_L: Tensor, distance: int, count: int, seed: int) -> list[Probe]:
     """`count` questions about a fact stated `distance` filler tokens ago; the guess rate is 1 / FACTS."""
     rng = random.Random(seed * 1_000_003 + distance)
@@ -37,14 +67,12 @@ def make_probes(tokenizer: Any, filler_L: Tensor, distance: int, count: int, see
 
     probes = []
     for _ in range(count):
-        names, cities = rng.sample(NAMES, FACTS), rng.sample(CITIES, FACTS)
-        right = rng.randrange(FACTS)
+        facts = Facts.draw(rng)
         start = rng.randrange(max(1, len(filler_L) - distance))
-        stated = encode("".join(f"{name} lives in {city}. " for name, city in zip(names, cities, strict=True)))
-        asked = encode(f"\n\nAs stated above, {names[right]} lives in")
+        stated, asked = encode("".join(facts.sentences())), encode(facts.question())
         tokens = [*stated, *filler_L[start : start + distance].tolist(), *asked]
-        choices = tuple(encode(" " + city)[0] for city in cities)
-        probes.append(Probe(torch.tensor(tokens), choices, right))
+        choices = tuple(encode(" " + city)[0] for city in facts.cities)
+        probes.append(Probe(torch.tensor(tokens), choices, facts.right))
     return probes
 
 

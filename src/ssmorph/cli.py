@@ -77,16 +77,29 @@ def status(run: tyro.conf.Positional[str]) -> None:
 
 
 def evaluate(
-    run: tyro.conf.Positional[str], suite: Literal["short", "full"] = "full", tokens: int | None = None
+    run: tyro.conf.Positional[str],
+    suite: str = "full",
+    tokens: int | None = None,
+    limit: int | None = None,
+    batch: int = 1,
 ) -> None:
-    """Measure a finished run beside its teacher and the untrained controls.
+    """Measure a finished run beside its teacher.
 
     Args:
         run: a run directory.
         suite: short is what the demo prints; full adds long windows, retrieval over distance and 16k decoding.
-        tokens: held-out tokens, instead of the recipe's number.
+            With lm-eval: mohawk (the paper's tasks), retrieval (offline), or a YAML task file or folder.
+        tokens: held-out tokens, instead of the recipe's number (short, full).
+        limit: documents of each task (lm-eval).
+        batch: sequences at a time (lm-eval).
     """
-    _print_report(verbs.evaluate_run(run, suite, tokens, _line))
+    report = verbs.evaluate_run(run, suite, tokens, limit, batch, _line)
+    if suite in verbs.OWN_SUITES:
+        _print_report(report)
+    else:
+        from .stages.report import tasks_table
+
+        _console().print(tasks_table(report))
 
 
 def report(run: tyro.conf.Positional[str], suite: Literal["short", "full"] | None = None) -> None:
@@ -154,11 +167,15 @@ def _line(text: str) -> None:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from .stages.report import print_report
 
-    print_report(report, Console(width=None if sys.stdout.isatty() else 110))
+    print_report(report, _console())
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 def _curves(path: Any) -> None:

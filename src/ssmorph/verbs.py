@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import fail
+from .errors import fail, nearest
+
+OWN_SUITES, TASK_SUITES = ("short", "full"), ("mohawk", "retrieval")
 
 
 def convert(
@@ -98,12 +100,42 @@ def status(run_dir: str | Path) -> dict[str, Any]:
 
 
 def evaluate_run(
-    run_dir: str | Path, suite: str = "full", tokens: int | None = None, say: Callable[[str], None] = print
+    run_dir: str | Path,
+    suite: str = "full",
+    tokens: int | None = None,
+    limit: int | None = None,
+    batch: int = 1,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measures a finished run with a suite, beside its teacher and controls; writes report-SUITE.json into the run."""
-    from .stages.reevaluate import reevaluate
+    """Measures a finished run with a suite, beside its teacher.
 
-    return reevaluate(Path(run_dir), suite, tokens, say)
+    short and full write report-SUITE.json into the run; suites of lm-eval tasks write lm-eval-SUITE.json.
+
+    Args:
+        suite: short or full, with controls; mohawk, retrieval, or a YAML task file or folder, with lm-eval.
+        tokens: held-out tokens, for short and full.
+        limit: documents of each lm-eval task; None is all.
+        batch: sequences at a time in lm-eval tasks.
+
+    Raises:
+        ValueError: an unknown suite, an option of the other kind of suite, or a run that is not finished.
+    """
+    if suite in OWN_SUITES:
+        if (limit, batch) != (None, 1):
+            raise fail("eval", "--limit and --batch are for lm-eval tasks", f"suite {suite}", "Use --tokens.")
+        from .stages.reevaluate import reevaluate
+
+        return reevaluate(Path(run_dir), suite, tokens, say)
+    if suite not in TASK_SUITES and not Path(suite).exists():
+        do = nearest(suite, OWN_SUITES + TASK_SUITES)
+        raise fail("eval --suite", "must be a suite, or a YAML task file or folder", suite, do)
+    if tokens is not None:
+        raise fail("eval", "--tokens is for the suites short and full", f"suite {suite}", "Use --limit.")
+    if batch < 1 or (limit is not None and limit < 1):
+        raise fail("eval", "--limit and --batch must be 1 or more", f"{limit} and {batch}", "Give whole numbers.")
+    from .stages.harness import evaluate_tasks
+
+    return evaluate_tasks(Path(run_dir), suite, limit=limit, batch=batch, say=say)
 
 
 def report(run_dir: str | Path, suite: str | None = None) -> Path:

@@ -17,7 +17,7 @@ from tests.house.tree import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 PIN = re.compile(r"[A-Za-z0-9][\w.-]*==[0-9][\w.]*( ; .+)?")
-RESOLVED = ("demo", "test")
+RESOLVED = ("demo", "test", "eval")
 WITHOUT_DEPENDENCIES = ("data", "triton")
 
 
@@ -56,7 +56,9 @@ def test_every_line_is_one_plain_pin(name: str) -> None:
     assert [line for line in lines(name) if not PIN.fullmatch(line)] == []
 
 
-@pytest.mark.parametrize(("wanted", "files"), [("demo", ["demo"]), ("test", ["demo", "test", "triton"])])
+@pytest.mark.parametrize(
+    ("wanted", "files"), [("demo", ["demo"]), ("test", ["demo", "test", "triton"]), ("eval", ["demo", "test", "eval"])]
+)
 def test_pins_satisfy_what_is_declared(wanted: str, files: list[str]) -> None:
     pinned = pins(*files)
     for requirement in declared(wanted):
