@@ -1,0 +1,43 @@
+"""docs/recipes.md lists every recipe as it loads, and where numbers are claimed, the page named there has the recipe."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ssmorph.convert.plan import resolve_layers
+from ssmorph.stages.recipe import load_recipe
+from tests.stages.test_shipped_recipes import CONFIGS, MODELS, RECIPES, model_of
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+
+
+def row_of(recipe: Path) -> str:
+    """What a recipe's row must begin with: all but where its numbers are."""
+    config, name = load_recipe(recipe), recipe.relative_to(CONFIGS).as_posix()
+    total = MODELS[model_of(recipe)].layers
+    layers = f"{len(resolve_layers(config.student.layers, total))} of {total}"
+    tokens = sum(getattr(stage, "tokens", 0) for stage in config.stages)
+    link = f"[{name.removesuffix('.yaml')}](../configs/{name})"
+    cells = (link, config.teacher.source, config.student.mixer, layers, f"{tokens:,}", config.device)
+    return f"| {' | '.join(cells)} | "
+
+
+def rows() -> list[str]:
+    return [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
+
+
+def test_every_recipe_has_its_row_and_no_other_has_one() -> None:
+    starts = [line[: line.rindex(" | ") + 3] for line in rows()]
+    assert starts == [row_of(recipe) for recipe in RECIPES]
+
+
+def test_numbers_are_where_a_row_says() -> None:
+    places = {line.split("](")[1].split(")")[0]: line.rsplit(" | ", 1)[1] for line in rows()}
+    for recipe, place in places.items():
+        link = re.search(r"\]\((.+)\)", place)
+        if link is None:
+            assert place == "none yet |", recipe
+        else:
+            assert Path(recipe).name in (PAGE.parent / link[1]).resolve().read_text(encoding="utf-8"), recipe
+    assert len({place for place in places.values() if "](" in place}) >= 2
