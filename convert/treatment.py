@@ -7,9 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 from .counts import experts
 from .families import FamilySpec
+from .mixers import WindowedMixer, WindowMixer
 
 # factors outside attention, by the names that configs have for them
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier")
+# of mixers that keep the attention inside a window
+WINDOWED = (WindowedMixer.kind, WindowMixer.kind)
+INSIDE, BEHIND = "attention inside the window", "attention behind the window"
 
 
 class Treatment(NamedTuple):
@@ -31,8 +35,22 @@ def treatments(spec: FamilySpec, config: Any, layers: Sequence[int], mixer: str,
     if init == "random" and layers:
         note = "mixers start at random; the alignment stages teach them all of it"
         return [Treatment("attention", "dropped", note), *_untouched(spec, config)]
+    if mixer in WINDOWED and layers:
+        return [*_windowed(mixer), *_untouched(spec, config)]
     converted = [*_projections(spec, config, mixer), *_scores(spec, config, layers)] if layers else []
     return [*converted, *_untouched(spec, config)]
+
+
+def _windowed(mixer: str) -> list[Treatment]:
+    inside = "window and sinks are the attention's own: projections, norms, RoPE, soft cap, softmax"
+    state = mixer == WindowedMixer.kind
+    behind = (
+        "tokens that left the window are read from a state" if state else "tokens that left the window are not seen"
+    )
+    return [
+        Treatment(INSIDE, "exact", inside),
+        Treatment(BEHIND, "approximated" if state else "dropped", behind),
+    ]
 
 
 def name_layers(layers: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ssmorph.convert.families import family_of
 from ssmorph.convert.measure_treatment import MEASURED, Cost, measure
 from ssmorph.convert.teachers import load_teacher
+from ssmorph.convert.treatment import BEHIND
 
 from ..errors import UserError, fail
 from .config import RunConfig
@@ -24,6 +25,7 @@ ELSEWHERE = {
     "softmax": "calibration reports its error",
     "attention scale": "the mixer's norm cancels it",
     "attention": "nothing of it is copied",
+    BEHIND: "it is for evaluation to tell",
 }
 
 

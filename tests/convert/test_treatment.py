@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from ssmorph.convert.families import family_of
-from ssmorph.convert.treatment import Treatment, name_layers, treatments
+from ssmorph.convert.treatment import WINDOWED, Treatment, name_layers, treatments
 from tests.families.tiny import ROWS, family_config, family_teacher
 
 ALL = range(4)
@@ -72,6 +72,13 @@ def test_features_are_named_with_their_numbers(row: str, feature: str, treatment
 def test_only_the_mixer_without_a_norm_keeps_the_scale() -> None:
     assert of("granite", mixer="discrete_mamba2")["attention scale"][1:] == ("exact", "the factor 0.2 goes into C")
     assert of("granite")["attention scale"].treatment == "dropped"
+
+
+def test_mixers_with_a_window_keep_the_attention_inside_it() -> None:
+    behind = {kind: words(of("gemma3", mixer=kind))["attention behind the window"] for kind in WINDOWED}
+    assert behind == {"windowed_mamba2": "approximated", "window": "dropped"}
+    assert words(of("gemma3", mixer="window"))["attention inside the window"] == "exact"
+    assert not words(of("gemma3", mixer="window")).keys() & {"RoPE", "softmax", "norm of queries and keys"}
 
 
 def test_rows_are_of_the_converted_layers_alone() -> None:

@@ -14,6 +14,7 @@ from tests.families.tiny import family_config
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = str(CONFIGS / "tiny.yaml")
 MOHAWK = str(CONFIGS / "study" / "mohawk.yaml")
+WINDOWED = str(CONFIGS / "smollm2" / "135m-windowed.yaml")
 
 
 def costs(plan: dict[str, Any]) -> dict[str, Any]:
@@ -62,3 +63,12 @@ def test_random_mixers_leave_nothing_to_measure() -> None:
     plan = verbs.plan(MOHAWK, "teacher.source=tiny-random-llama", "student.layers=all", measure=True)
     assert costs(plan)["attention"] == {"not_measured": "nothing of it is copied"}
     assert plan["measured_on"] is None
+
+
+@pytest.mark.parametrize("mixer", ["windowed_mamba2", "window"])
+def test_attention_that_stays_inside_a_window_has_no_cost_there(mixer: str) -> None:
+    changes = (f"student.mixer={mixer}", "teacher.source=tiny-random-llama", "student.layers=all")
+    found = costs(verbs.plan(WINDOWED, *changes, measure=True))
+    assert found["attention inside the window"] is None
+    assert found["attention behind the window"] == {"not_measured": "it is for evaluation to tell"}
+    assert "RoPE" not in found

@@ -1,4 +1,4 @@
-"""docs/recipes.md lists every recipe as it loads, and where numbers are claimed, the page named there has the recipe."""
+"""docs/recipes.md lists every recipe as it loads, and the page that a row names for numbers has the recipe."""
 
 from __future__ import annotations
 

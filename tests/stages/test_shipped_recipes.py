@@ -106,6 +106,9 @@ def test_recipes_are_planned_against_stored_configs(recipe: Path, capsys: pytest
     if getattr(config.stages[0], "init", None) == "random":
         assert treatment["attention"] == "dropped"
         assert not treatment.keys() & (SOMETIMES | {"RoPE", "attention scale"})
+    elif config.student.mixer == "windowed_mamba2":
+        assert treatment["attention behind the window"] == "approximated"
+        assert not treatment.keys() & (SOMETIMES | {"RoPE", "softmax"})
     else:
         assert treatment.keys() & SOMETIMES == model.features
         assert treatment["RoPE"] == treatment["softmax"] == "dropped"
