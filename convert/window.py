@@ -33,6 +33,20 @@ class Held(NamedTuple):
     seen_B: Tensor
 
 
+class Scores(NamedTuple):
+    """How queries and keys become logits: scale, soft cap, one more logit per head (learned sinks, [H]) that takes mass
+    and has no value, and how many tokens the attention itself sees; None for none and for all."""
+
+    scale: float
+    softcap: float | None = None
+    logit_H: Tensor | None = None
+    reach: int | None = None
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """c tanh(logit / c), where there is a soft cap."""
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
 class Near(NamedTuple):
     """The window's part: sums of exp(logit - top) with and without values, and the largest logit `top`."""
 
@@ -84,13 +98,10 @@ class Window:
         self.sink_BE = self.valid_BE & (self.rank_BE < self.sinks)
         self.place_BMS = self._places()
 
-    def near(self, q_BHLP: Tensor, scale: float, softcap: float | None = None, logit_H: Tensor | None = None) -> Near:
-        """Attention over the window and the sinks, before it is divided by its mass; float32.
-
-        `logit_H` is one more logit of each head, which takes mass and has no value (learned sinks).
-        """
-        blocks_BHKCW = self._window_logits(q_BHLP, scale, softcap)
-        sinks_BHLT = self._sink_logits(q_BHLP, scale, softcap)
+    def near(self, q_BHLP: Tensor, scores: Scores) -> Near:
+        """Attention over the window and the sinks, before it is divided by its mass; float32."""
+        blocks_BHKCW = self._window_logits(q_BHLP, scores)
+        sinks_BHLT = self._sink_logits(q_BHLP, scores)
         count, block, width = blocks_BHKCW.shape[2:]
         top_BHL = blocks_BHKCW.amax(-1).flatten(2)[..., : self.length]
         if sinks_BHLT.shape[-1]:
@@ -109,8 +120,8 @@ class Window:
             grouped = weight_BHLT.unflatten(1, (v_BGTP.shape[1], -1))
             values_BHLP = values_BHLP + (grouped @ v_BGTP.unsqueeze(2)).flatten(1, 2)
             mass_BHL = mass_BHL + weight_BHLT.sum(-1)
-        if logit_H is not None:
-            mass_BHL = mass_BHL + torch.exp(logit_H.float()[:, None] - top_BHL)
+        if scores.logit_H is not None:
+            mass_BHL = mass_BHL + torch.exp(scores.logit_H.float()[:, None] - top_BHL)
         return Near(values_BHLP, mass_BHL, top_BHL)
 
     def leaving(self) -> Leaving:
@@ -171,17 +182,19 @@ class Window:
         place = place.scatter(1, target_BL, tokens_BL)[:, :-1]
         return place.unflatten(1, (documents, self.sinks))
 
-    def _window_logits(self, q_BHLP: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def _window_logits(self, q_BHLP: Tensor, scores: Scores) -> Tensor:
         """Scaled scores of blocks of C queries against the C + R - 1 keys that they reach, [B, H, K, C, C + R - 1]."""
         block = min(self.length, max(self.size, 16))
         count, width = -(-self.length // block), self.size + block - 1
         q_BHKCP = F.pad(q_BHLP, (0, 0, 0, count * block - self.length)).unflatten(2, (count, block))
         k_BGKPW = _windows(self.k_BGEP, block, width, count)
         grouped = q_BHKCP.unflatten(1, (k_BGKPW.shape[1], -1))
-        logits = _capped(scale * (grouped @ k_BGKPW.unsqueeze(2)).float(), softcap).flatten(1, 2)
+        logits = scores.capped(scores.scale * (grouped @ k_BGKPW.unsqueeze(2)).float()).flatten(1, 2)
         device = q_BHLP.device
         ahead_CW = torch.arange(width, device=device) - torch.arange(block, device=device)[:, None]
         seen = (ahead_CW >= 0) & (ahead_CW < self.size)
+        if scores.reach is not None:
+            seen &= self.size - 1 - ahead_CW < scores.reach
         seen_BKCW = seen & _windows(self.valid_BE[:, None, :, None], block, width, count)[:, 0]
         if self.segment_BE is not None:
             mine_BKC = F.pad(self.segment_BE[:, self.size :], (0, count * block - self.length), value=-1)
@@ -189,14 +202,17 @@ class Window:
             seen_BKCW = seen_BKCW & (mine_BKC.unflatten(1, (count, block)).unsqueeze(-1) == theirs_BK1W)
         return logits.masked_fill(~seen_BKCW.unsqueeze(1), float("-inf"))
 
-    def _sink_logits(self, q_BHLP: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def _sink_logits(self, q_BHLP: Tensor, scores: Scores) -> Tensor:
         """Scaled scores against the sinks that have left the window, [B, H, L, M S]."""
         k_BGTP = self._sink(self.held.sink_k_BGSP, self.k_BGEP)
         grouped = q_BHLP.unflatten(1, (k_BGTP.shape[1], -1))
-        logits = _capped(scale * (grouped @ k_BGTP.transpose(-1, -2).unsqueeze(2)).float(), softcap).flatten(1, 2)
+        logits = scores.capped(scores.scale * (grouped @ k_BGTP.transpose(-1, -2).unsqueeze(2)).float()).flatten(1, 2)
         place_B1T = self.place_BMS.flatten(1).unsqueeze(1)
         now_L1 = self.sinks + torch.arange(self.length, device=q_BHLP.device).unsqueeze(-1)
         seen_BLT = (place_B1T >= 0) & (place_B1T <= now_L1)
+        if scores.reach is not None:
+            rank_T = torch.arange(self.sinks, device=q_BHLP.device).repeat(self.place_BMS.shape[1])
+            seen_BLT = seen_BLT & (self.rank_BE[:, self.size :, None] - rank_T < scores.reach)
         if self.segment_BE is not None:
             document_T = torch.arange(self.place_BMS.shape[1], device=q_BHLP.device).repeat_interleave(self.sinks)
             seen_BLT = seen_BLT & (self.segment_BE[:, self.size :, None] == document_T)
@@ -217,7 +233,3 @@ def _windows(tokens_BGEP: Tensor, block: int, width: int, count: int) -> Tensor:
     is reached by none. For P = 1 the last two axes read [B, G, K, 1, W]."""
     missing = 1 + (count - 1) * block + width - tokens_BGEP.shape[2]
     return F.pad(tokens_BGEP, (0, 0, 0, missing))[:, :, 1:].unfold(2, width, block)
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -44,17 +44,17 @@ def fit_state(
     if mixer.state is None:
         return
     calls = [attended(mixer, u, kwargs) for u in inputs]
-    scale = calls[0][3]
+    scale = calls[0][3].scale
     k_GTP = torch.cat([k.transpose(0, 1).flatten(1, 2) for _, k, *_ in calls], dim=1)
     _place(mixer, k_GTP.float(), scale)
     mixer.state.gate.fill_(1)
     gates_V = torch.tensor(GATES, device=k_GTP.device)
     error_VH = torch.zeros(len(GATES), mixer.shape.heads, dtype=torch.float64, device=k_GTP.device)
-    for (q, k, v, scale, softcap, sinks_H), taught in zip(calls, heads_BLE, strict=True):
+    for (q, k, v, scores), taught in zip(calls, heads_BLE, strict=True):
         held = empty(k, mixer.shape.window - mixer.shape.sinks, mixer.shape.sinks)
         window = Window(held, k, v, None, None)
-        near = window.near(q, scale, softcap, sinks_H)
-        shrink, far, _ = mixer.far(q, window, near.top_BHL, softcap, None)
+        near = window.near(q, scores)
+        shrink, far, _ = mixer.far(q, window, near.top_BHL, scores, None)
         values, mass = near.values_BHLP * shrink.unsqueeze(-1), near.mass_BHL * shrink
         target = taught.unflatten(-1, (mixer.shape.heads, -1)).transpose(1, 2)
         for i, gate in enumerate(gates_V):
@@ -64,7 +64,7 @@ def fit_state(
 
 
 def attended(mixer: WindowedMixer, hidden_BLD: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Queries, keys, values, scale, soft cap and sink logits of one call, as `Attend` has them."""
+    """Queries, keys, values and scores of one call, as `Attend` has them."""
     seen: list[tuple[Any, ...]] = []
 
     def attend(*arguments: Any) -> Tensor:
@@ -95,12 +95,7 @@ def prototypes(k_GTP: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     A centre that no key is closest to stays where it was.
     """
-    tokens = k_GTP.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randint(tokens, (count,), generator=generator)
-    if tokens >= count:
-        start = torch.randperm(tokens, generator=generator)[:count]
-    centres = k_GTP[:, start.to(k_GTP.device)].clone()
+    centres = _spread_keys(k_GTP, count)
     for _ in range(ROUNDS):
         nearest_GT = _distances(k_GTP, centres).argmin(-1)
         member_GTN = F.one_hot(nearest_GT, count).to(k_GTP.dtype)
@@ -108,6 +103,20 @@ def prototypes(k_GTP: Tensor, count: int) -> tuple[Tensor, Tensor]:
         means = member_GTN.transpose(1, 2) @ k_GTP / size_GN1.clamp_min(1)
         centres = torch.where(size_GN1 > 0, means, centres)
     return centres, _distances(k_GTP, centres).amin(-1).mean(-1).clamp_min(0)
+
+
+def _spread_keys(k_GTP: Tensor, count: int) -> Tensor:
+    """Keys to start from, [G, N, P]: drawn by squared distance to those before [Arthur, Vassilvitskii, 2007]."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(len(k_GTP), device=k_GTP.device)
+    chosen = [k_GTP[:, 0]]
+    apart_GT = k_GTP.new_full(k_GTP.shape[:2], math.inf)
+    for _ in range(count - 1):
+        apart_GT = torch.minimum(apart_GT, _distances(k_GTP, chosen[-1].unsqueeze(1))[..., 0].clamp_min(0))
+        odds_GT = apart_GT.double().cpu() + 1e-30
+        drawn_G = torch.multinomial(odds_GT, 1, generator=generator)[:, 0].to(k_GTP.device)
+        chosen.append(k_GTP[groups, drawn_G])
+    return torch.stack(chosen, dim=1)
 
 
 def _distances(k_GTP: Tensor, centres_GNP: Tensor) -> Tensor:

@@ -25,15 +25,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from ssmorph.kernels.ssd import ssd
 
 from ..cache import WindowCacheLayer, cache_layer, padding_mask, segments
-from ..window import Window, empty
+from ..window import Scores, Window, empty
 from .base import Mixer, MixerShape
 
 FUNCTION = "ssmorph_windowed"
 # a prototype may outweigh the window's largest score by e^30 before sums are scaled by it
 HEADROOM = 30.0
 
-# queries [B, H, L, P], keys and values [B, G, L, P], scale, soft cap, sink logits [H] to what is attended, [B, L, H, P]
-Attend = Callable[[Tensor, Tensor, Tensor, float, float | None, Tensor | None], Tensor]
+# queries [B, H, L, P], keys and values [B, G, L, P] and how scores are made, to what is attended, [B, L, H, P]
+Attend = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]
 
 
 class State(nn.Module):
@@ -125,23 +125,16 @@ class WindowedMixer(Mixer):
     def _answer(self, valid_BL: Tensor | None, segment_BL: Tensor | None, cache: WindowCacheLayer | None) -> Attend:
         """What stands for the softmax in one call of the attention."""
 
-        def attend(
-            q_BHLP: Tensor,
-            k_BGLP: Tensor,
-            v_BGLP: Tensor,
-            scale: float,
-            softcap: float | None,
-            sinks_H: Tensor | None,
-        ) -> Tensor:
+        def attend(q_BHLP: Tensor, k_BGLP: Tensor, v_BGLP: Tensor, scores: Scores) -> Tensor:
             held = state = None
             if cache is not None and cache.held is not None:
                 held, state = cache.held, cache.recurrent_states[0]
             held = held or empty(k_BGLP, self.shape.window - self.shape.sinks, self.shape.sinks)
             window = Window(held, k_BGLP, v_BGLP, valid_BL, segment_BL)
-            near = window.near(q_BHLP, scale, softcap, sinks_H)
+            near = window.near(q_BHLP, scores)
             values_BHLP, mass_BHL, final = near.values_BHLP, near.mass_BHL, None
             if self.state is not None:
-                shrink_BHL, far_BHLQ, final = self.far(q_BHLP, window, near.top_BHL, softcap, state)
+                shrink_BHL, far_BHLQ, final = self.far(q_BHLP, window, near.top_BHL, scores, state)
                 values_BHLP = values_BHLP * shrink_BHL.unsqueeze(-1) + far_BHLQ[..., :-1]
                 mass_BHL = mass_BHL * shrink_BHL + far_BHLQ[..., -1]
             if cache is not None:
@@ -152,7 +145,7 @@ class WindowedMixer(Mixer):
         return attend
 
     def far(
-        self, q_BHLP: Tensor, window: Window, top_BHL: Tensor, softcap: float | None, state_BGQN: Tensor | None
+        self, q_BHLP: Tensor, window: Window, top_BHL: Tensor, scores: Scores, state_BGQN: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the state answers.
 
@@ -165,10 +158,12 @@ class WindowedMixer(Mixer):
         repeat = self.shape.heads // self.shape.groups
         logits_BHLN = torch.einsum("bhlp,hnp->bhln", q_BHLP.float(), own.query_map.float())
         logits_BHLN = logits_BHLN + own.query_bias.float()[:, None]
-        if softcap is not None:
-            logits_BHLN = softcap * torch.tanh(logits_BHLN / softcap)
+        logits_BHLN = scores.capped(logits_BHLN)
         over_BHL = torch.maximum(top_BHL, logits_BHLN.detach().amax(-1) - HEADROOM)
         C_BHLN = torch.exp(logits_BHLN - over_BHL.unsqueeze(-1)) * own.gate.float().clamp_min(0)[:, None, None]
+        if scores.reach is not None and scores.reach <= window.size:
+            # the attention itself saw no further
+            C_BHLN = C_BHLN * 0
         if left.own_BL is not None:
             C_BHLN = C_BHLN * left.own_BL[:, None, :, None]
         k_BGLP, v_BGLP = left.k_BGLP.float(), left.v_BGLP.float()
@@ -211,7 +206,8 @@ def _windowed_attention(
     scale = kwargs.get("scaling")
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     attend: Attend = module.__dict__["attend"]
-    return attend(query, key, value, scale, kwargs.get("softcap"), kwargs.get("s_aux")), None
+    scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window"))
+    return attend(query, key, value, scores), None
 
 
 def _register() -> None:
