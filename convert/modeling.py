@@ -31,6 +31,9 @@ from .families import family_of
 from .mixers import Mixer, MixerShape, State, make_mixer
 from .mixers.mamba2 import GatedNorm
 
+# what the hybrid's config and the teacher's, nested in it, both say
+SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
 
 class SsmorphConfig(PreTrainedConfig):
     """A hybrid's config.
@@ -51,15 +54,29 @@ class SsmorphConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**self.text_config)
         if self.text_config is not None:
-            for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+            for name in SHARED:
                 if hasattr(self.text_config, name):
                     kwargs.setdefault(name, getattr(self.text_config, name))
             # the base class writes the outer choice of attention into the nested config, an absent one too
             kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
-        for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in SHARED:
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' from_dict; raises ValueError for another model's config."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise fail("config.model_type", f"must be {cls.model_type}", kind, "Load it with AutoModelForCausalLM.")
+        return super().from_dict(config_dict, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What both configs say is changed in both: the teacher's class reads its own."""
+        super().__setattr__(name, value)
+        if name in SHARED and isinstance(self.__dict__.get("text_config"), PreTrainedConfig):
+            setattr(self.text_config, name, value)
 
     def __getattr__(self, name: str) -> Any:
         """What this config lacks is the teacher's: its forward asks for multipliers, soft caps and the like."""
