@@ -13,7 +13,7 @@ RECIPE := configs/smollm2/135m-demo.yaml
 # A hub or a second thread makes tests slow and irreproducible; neither is needed.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 USE_HUB_KERNELS=NO
 
-.PHONY: demo test lint types fmt lock build clean gpu floor harness
+.PHONY: demo test lint types fmt lock build clean gpu floor harness peer-tests
 .DELETE_ON_ERROR:
 
 demo: .venv/ready-demo
@@ -42,6 +42,13 @@ harness: .venv/ready-test requirements/eval.txt
 	.venv-eval/bin/python -m pip --disable-pip-version-check --no-input install --quiet -r requirements/eval.txt
 	$(TEST_ENV) PYTHONPATH=src .venv-eval/bin/python -m pytest -q tests/stages/test_harness.py
 
+# transformers' own mixins on our classes: make peer-tests TRANSFORMERS=/path/to/its/checkout, of the installed version.
+# They have marks of their own and call what is deprecated; only they need parameterized.
+peer-tests: .venv/ready-test
+	test -d .venv-peer || $(PIP) --target .venv-peer parameterized==0.9.0
+	$(TEST_ENV) TRANSFORMERS="$(TRANSFORMERS)" PYTHONPATH=src:.venv-peer $(BIN)/python -m pytest -q -rfx --tb=short \
+		-o addopts= -o filterwarnings= -p no:cacheprovider --disable-warnings tests/peer/mixins.py
+
 lint: .venv/ready-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -63,7 +70,7 @@ build: .venv/ready-test
 	rm -rf build
 
 clean:
-	rm -rf .venv .venv-floor .venv-eval build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor .venv-peer .venv-eval build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The ready files are written last: an interrupted installation is taken up again by the next make.
