@@ -15,6 +15,7 @@ from ssmorph.convert.teachers import load_teacher
 from ssmorph.stages.artifact import load_student
 from ssmorph.stages.data import PackedData
 from ssmorph.stages.evaluate import heldout_sets
+from ssmorph.stages.machine import set_products
 from ssmorph.stages.recipe import build
 from ssmorph.stages.scores import Candidate, score
 from ssmorph.stages.suite import suite_named
@@ -23,7 +24,9 @@ from ssmorph.stages.suite import suite_named
 def main(run: Path, tokens: int) -> None:
     """Prints perplexity, its ratio to the teacher's, KL and top-1 agreement after every stage."""
     config = build(yaml.safe_load((run / "config.yaml").read_text()))
-    torch.set_num_threads(yaml.safe_load((run / "env.json").read_text())["threads"])
+    environment = yaml.safe_load((run / "env.json").read_text())
+    torch.set_num_threads(environment["threads"])
+    set_products(environment.get("products", "default"))
     teacher, _ = load_teacher(config.teacher.source)
     data = PackedData(run / "data")
     name, windows_WL = heldout_sets(data, config.data.window, suite_named("short", tokens, config.data.window))[0]

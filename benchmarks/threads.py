@@ -38,7 +38,7 @@ def work() -> float:
 
 def child(threads: str) -> None:
     """Measures with a given count, or with what the policy chooses ('policy')."""
-    from ssmorph.stages.threads import choose_threads
+    from ssmorph.stages.machine import choose_threads
 
     count = choose_threads() if threads == "policy" else int(threads)
     torch.set_num_threads(count)

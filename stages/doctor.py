@@ -1,4 +1,4 @@
-"""What this machine has: packages that really import, kernels that would run, threads."""
+"""What this machine has: packages that really import, kernels that would run, threads and products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from ssmorph.kernels import conv, distill, mixing, norm, relation, ssd
 from ssmorph.kernels.common.dispatch import Backends
 
-from .threads import _seconds, choose_threads
+from .machine import choose_products, choose_threads, seconds
 
 # the function that is used, because a package can be found and still not import
 PROBES = {
@@ -33,7 +33,7 @@ def examine() -> dict[str, Any]:
     """Sections of name to finding, in plain words."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = choose_threads()
-    slower = {n: _seconds(n) for n in {1, 2, threads}}
+    slower = {n: seconds(n) for n in {1, 2, threads}}
     return {
         "machine": {
             "python": platform.python_version(),
@@ -53,6 +53,7 @@ def examine() -> dict[str, Any]:
             "chosen": threads,
             "why": ", ".join(f"{n}: {1000 * s:.2f} ms" for n, s in sorted(slower.items()))
             + " for a miniature of the work",
+            "matrix products": choose_products(),
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set: spinning threads can starve each other"),
         },
     }

@@ -46,11 +46,11 @@ from .evaluate import evaluate
 from .health import inspect_final
 from .hidden import run_hidden
 from .logits import run_logits
+from .machine import choose_products, choose_threads, set_products
 from .mixing import run_mixing
 from .recipe import difference, dump, load_saved
 from .rundir import RunDir, atomic_folder, atomic_write, disk_errors, remove_folder
 from .suite import suite_named
-from .threads import choose_threads
 from .tracking import make_tracker
 
 
@@ -133,13 +133,17 @@ def _forget(run: RunDir, first: int) -> None:
 
 
 def _environment(run: RunDir, config: RunConfig) -> None:
-    """Fixes the thread count for the life of the run, since results depend on it bit for bit."""
+    """Fixes threads and the library of products for the life of the run, since results depend on them bit for bit."""
     saved = run.read_json("env.json") or {}
     threads = saved.get("threads") or config.threads or choose_threads()
     torch.set_num_threads(threads)
+    products = saved.get("products", "default") if saved or config.device != "cpu" else choose_products()
+    if config.device == "cpu":
+        products = set_products(products)
     versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers")}
-    run.write_json("env.json", {"threads": threads, "python": platform.python_version(), "machine": platform.machine(),
-                                "cpus": os.cpu_count(), "ssmorph": __version__, **versions})  # fmt: skip
+    versions["ssmorph"] = __version__
+    run.write_json("env.json", {"threads": threads, "products": products, "python": platform.python_version(),
+                                "machine": platform.machine(), "cpus": os.cpu_count(), **versions})  # fmt: skip
 
 
 def _logger(run: RunDir, say: Callable[[str], None]) -> Callable[[str], None]:

@@ -18,6 +18,7 @@ from .config import RunConfig, as_dict
 from .data import PackedData, open_or_pack
 from .evaluate import evaluate
 from .health import inspect_final
+from .machine import set_products
 from .recipe import load_saved
 from .rundir import RunDir
 from .suite import suite_named
@@ -42,11 +43,14 @@ def check_finished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def opened(folder: Path, say: Callable[[str], None]) -> Iterator[Finished]:
-    """Holds a finished run and loads what it was made from; sets its thread count."""
+    """Holds a finished run and loads what it was made from; computes as its run did."""
     check_finished(folder)
     with RunDir(folder) as run:
         config = load_saved(folder)
-        torch.set_num_threads(run.read_json("env.json")["threads"])
+        environment = run.read_json("env.json")
+        torch.set_num_threads(environment["threads"])
+        if config.device == "cpu":
+            set_products(environment.get("products", "default"))
         t = config.teacher
         teacher, tokenizer = load_teacher(t.source, t.revision, t.trust_remote_code, config.device)
         student = load_student(folder / config.stage_names()[-1] / "student", teacher, own_rest=False)

@@ -1,11 +1,12 @@
 """What a token of training buys: our recipe against the peers', on one model, data and seed.
 
-`python -m benchmarks.quality.study` runs what is missing, smallest budgets first, and prints what is there.
-`--table` prints it alone; `--part i/n` does every n-th run, for several processes at once. A run's result is a file
-under benchmarks/quality/results; a run that was stopped goes on from its last checkpoint.
+`python -m benchmarks.quality.study` runs what is missing and prints what is there; `--table` prints it alone,
+`--recipes` runs some of them (for several processes at once). A run's result is a file under benchmarks/quality/results;
+a run that was stopped goes on from its last checkpoint.
 
-SmolLM2-135M, 15 of 30 layers, windows of 512. Each recipe's rate is chosen at 10k tokens among three (its results are
-there to see), then used at 30k and 100k. Perplexity and KL on held-out documents.
+SmolLM2-135M, 15 of 30 layers, windows of 512. Each recipe's rate is chosen at 10k tokens (its results are there to
+see), then used at 30k with two seeds; ours and the best peer go on to 100k, with 15 layers and with all.
+Perplexity and KL on held-out documents.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 RECIPES = Path("configs/study")
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/study")
-# the rates tried for the stage that trains on logits; peers train all weights with absolute steps
+# the rates tried first for the stage that trains on logits; peers train all weights with absolute steps
 RATES = {
-    "ours": (4e-4, 8e-4, 1.6e-3),
+    "ours": (2e-4, 4e-4, 8e-4),
     "mohawk": (1e-4, 3e-4, 1e-3),
     "mambainllama": (1e-4, 3e-4, 1e-3),
     "matvlm": (3e-4, 1e-3, 3e-3),
     "radlads": (1e-4, 3e-4, 1e-3),
 }
+# while the best is the lowest or highest, one more is tried beyond it
+STEP = {"ours": 2.0}
 # trained beside the mixers, at the same rate
 ALL_TRAINED = ("mohawk", "mambainllama", "radlads")
-TUNING, SEEDS, BUDGETS = 10_000, (0, 1), (30_000, 100_000)
+TUNING, SEEDS, MIDDLE, LARGE = 10_000, (0, 1), 30_000, 100_000
 HELD_OUT = 8192
 
 
@@ -45,11 +48,13 @@ class Run(NamedTuple):
     budget: int
     rate: float
     seed: int
+    layers: str = "uniform-15"
 
     @property
     def name(self) -> str:
         """As its files are called."""
-        return f"{self.recipe}-{self.budget // 1000}k-{self.rate:g}-seed{self.seed}"
+        layers = "" if self.layers == "uniform-15" else f"-{self.layers}"
+        return f"{self.recipe}{layers}-{self.budget // 1000}k-{self.rate:g}-seed{self.seed}"
 
     def result(self) -> dict[str, Any] | None:
         """What it came to, if it is done."""
@@ -57,22 +62,52 @@ class Run(NamedTuple):
         return json.loads(file.read_text()) if file.is_file() else None
 
 
-def runs() -> Iterator[Run]:
-    """Every run of the study that can be named yet: the larger ones wait for the rates."""
-    yield from (Run(recipe, TUNING, rate, 0) for recipe, rates in RATES.items() for rate in rates)
-    for budget in BUDGETS:
-        for seed in SEEDS:
-            for recipe in RATES:
-                rate = best_rate(recipe)
-                if rate is not None:
-                    yield Run(recipe, budget, rate, seed)
+def runs(recipes: Sequence[str]) -> Iterator[Run]:
+    """Every run of the study that can be named yet: the larger ones wait for the rates, the largest for the best peer."""
+    for recipe in recipes:
+        yield from (Run(recipe, TUNING, rate, 0) for rate in rates(recipe))
+    yield from (
+        Run(recipe, MIDDLE, rate, seed)
+        for seed in SEEDS
+        for recipe in recipes
+        if (rate := best_rate(recipe)) is not None
+    )
+    for recipe in ("ours", best_peer()):
+        rate = best_rate(recipe) if recipe in recipes else None
+        if rate is not None:
+            yield from (Run(recipe, LARGE, rate, seed) for seed in SEEDS)
+            yield Run(recipe, LARGE, rate, 0, "all")
+
+
+def rates(recipe: str) -> list[float]:
+    """The rates to try: the first three, and beyond them until the best lies inside."""
+    tried = sorted(RATES[recipe])
+    while True:
+        results = {rate: Run(recipe, TUNING, rate, 0).result() for rate in tried}
+        if None in results.values():
+            return tried
+        best = min(tried, key=lambda rate: results[rate]["kl"])  # type: ignore[index]
+        if best not in (tried[0], tried[-1]):
+            return tried
+        step = STEP.get(recipe, 3.0)
+        tried = sorted([*tried, float(f"{best / step if best == tried[0] else best * step:.2g}")])
 
 
 def best_rate(recipe: str) -> float | None:
     """The rate of the lowest KL at the smallest budget, once all were tried."""
-    tried = [(Run(recipe, TUNING, rate, 0).result(), rate) for rate in RATES[recipe]]
-    done = [(result["kl"], rate) for result, rate in tried if result is not None]
-    return min(done)[1] if len(done) == len(tried) else None
+    results = [(Run(recipe, TUNING, rate, 0).result(), rate) for rate in rates(recipe)]
+    return None if any(r is None for r, _ in results) else min((r["kl"], rate) for r, rate in results if r)[1]
+
+
+def best_peer() -> str | None:
+    """The peer of the lowest mean KL at 30k tokens, once all of them have run there."""
+    means = {}
+    for peer in RATES:
+        rate = best_rate(peer)
+        results = [] if peer == "ours" or rate is None else [Run(peer, MIDDLE, rate, s).result() for s in SEEDS]
+        if results and all(results):
+            means[peer] = sum(r["kl"] for r in results if r) / len(results)
+    return min(means, key=means.__getitem__) if len(means) == len(RATES) - 1 else None
 
 
 def perform(run: Run) -> None:
@@ -85,7 +120,13 @@ def perform(run: Run) -> None:
     from ssmorph.verbs import convert
 
     folder = RUNS / run.name
-    changes = [f"budget={run.budget}", f"seed={run.seed}", "evaluate.suite=none", f"stages.logits.optim.lr={run.rate}"]
+    changes = [
+        f"budget={run.budget}",
+        f"seed={run.seed}",
+        f"student.layers={run.layers}",
+        "evaluate.suite=none",
+        f"stages.logits.optim.lr={run.rate}",
+    ]
     if run.recipe in ALL_TRAINED:
         changes.append(f"stages.logits.optim.rest_lr={run.rate}")
     started = time.process_time()
@@ -120,12 +161,11 @@ def main() -> None:
     """The runs that are missing, then the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--recipes", nargs="+", choices=RATES, default=list(RATES))
     arguments = parser.parse_args()
-    part, parts = map(int, arguments.part.split("/"))
     speeds: list[float] = []
     while not arguments.table:
-        todo = [run for i, run in enumerate(runs()) if run.result() is None and i % parts == part]
+        todo = [run for run in runs(arguments.recipes) if run.result() is None]
         if not todo:
             break
         left = sum(run.budget for run in todo) / (sum(speeds) / len(speeds)) / 60 if speeds else math.nan
