@@ -1,8 +1,8 @@
 """What a token of training buys: our recipe against the peers', on one model, data and seed.
 
 `python -m benchmarks.quality.study` runs what is missing and prints what is there; `--table` prints it alone,
-`--recipes` runs some of them (for several processes at once). A run's result is a file under benchmarks/quality/results;
-a run that was stopped goes on from its last checkpoint.
+`--recipes` runs some of them (for several processes at once). A run's result is a file under
+benchmarks/quality/results; a run that was stopped goes on from its last checkpoint.
 
 SmolLM2-135M, 15 of 30 layers, windows of 512. Each recipe's rate is chosen at 10k tokens (its results are there to
 see), then used at 30k with two seeds; ours and the best peer go on to 100k, with 15 layers and with all.
@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
 
 def runs(recipes: Sequence[str]) -> Iterator[Run]:
-    """Every run of the study that can be named yet: the larger ones wait for the rates, the largest for the best peer."""
+    """Every run that can be named yet: the larger wait for the rates, the largest for the best peer."""
     for recipe in recipes:
         yield from (Run(recipe, TUNING, rate, 0) for rate in rates(recipe))
     yield from (
@@ -115,18 +115,14 @@ def perform(run: Run) -> None:
     from ssmorph.convert.teachers import load_teacher
     from ssmorph.stages.artifact import load_student
     from ssmorph.stages.data import PackedData
-    from ssmorph.stages.evaluate import heldout_sets, suite_named
+    from ssmorph.stages.evaluate import heldout_sets
     from ssmorph.stages.scores import Candidate, score
+    from ssmorph.stages.suite import suite_named
     from ssmorph.verbs import convert
 
     folder = RUNS / run.name
-    changes = [
-        f"budget={run.budget}",
-        f"seed={run.seed}",
-        f"student.layers={run.layers}",
-        "evaluate.suite=none",
-        f"stages.logits.optim.lr={run.rate}",
-    ]
+    changes = [f"budget={run.budget}", f"seed={run.seed}", f"student.layers={run.layers}"]
+    changes += ["evaluate.suite=none", f"stages.logits.optim.lr={run.rate}"]
     if run.recipe in ALL_TRAINED:
         changes.append(f"stages.logits.optim.rest_lr={run.rate}")
     started = time.process_time()
