@@ -72,11 +72,10 @@ def runs(recipes: Sequence[str]) -> Iterator[Run]:
         for recipe in recipes
         if (rate := best_rate(recipe)) is not None
     )
-    for recipe in ("ours", best_peer()):
-        rate = best_rate(recipe) if recipe in recipes else None
-        if rate is not None:
-            yield from (Run(recipe, LARGE, rate, seed) for seed in SEEDS)
-            yield Run(recipe, LARGE, rate, 0, "all")
+    for finalist in dict.fromkeys(("ours", best_peer() or "ours")):
+        if finalist in recipes and (rate := best_rate(finalist)) is not None:
+            yield from (Run(finalist, LARGE, rate, seed) for seed in SEEDS)
+            yield Run(finalist, LARGE, rate, 0, "all")
 
 
 def rates(recipe: str) -> list[float]:
@@ -174,7 +173,7 @@ def main() -> None:
 
 def print_table() -> None:
     """What is there: a row for each run."""
-    for run in runs():
+    for run in runs(list(RATES)):
         result = run.result()
         if result is not None:
             numbers = f"x teacher {result['ratio']:8.3f}  KL {result['kl']:6.3f}  top-1 {result['top1']:.3f}"
