@@ -12,19 +12,15 @@ Perplexity and KL on held-out documents.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
-import platform
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .conversions import converted, keep, kept
+
 RECIPES = Path("configs/study")
-RESULTS = Path(__file__).parent / "results"
-RUNS = Path("runs/study")
 # the rates tried first for the stage that trains on logits; peers train all weights with absolute steps
 RATES = {
     "ours": (2e-4, 4e-4, 8e-4),
@@ -58,8 +54,7 @@ class Run(NamedTuple):
 
     def result(self) -> dict[str, Any] | None:
         """What it came to, if it is done."""
-        file = RESULTS / f"{self.name}.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return kept(self.name)
 
 
 def runs(recipes: Sequence[str]) -> Iterator[Run]:
@@ -111,28 +106,17 @@ def best_peer() -> str | None:
 
 def perform(run: Run) -> None:
     """Converts and scores, then leaves the numbers alone."""
-    from ssmorph.convert.teachers import load_teacher
-    from ssmorph.stages.artifact import load_student
-    from ssmorph.stages.data import PackedData
     from ssmorph.stages.evaluate import heldout_sets
     from ssmorph.stages.scores import Candidate, score
     from ssmorph.stages.suite import suite_named
-    from ssmorph.verbs import convert
 
-    folder = RUNS / run.name
     changes = [f"budget={run.budget}", f"seed={run.seed}", f"student.layers={run.layers}"]
-    changes += ["evaluate.suite=none", f"stages.logits.optim.lr={run.rate}"]
+    changes.append(f"stages.logits.optim.lr={run.rate}")
     if run.recipe in ALL_TRAINED:
         changes.append(f"stages.logits.optim.rest_lr={run.rate}")
-    started = time.process_time()
-    convert(RECIPES / f"{run.recipe}.yaml", *changes, run_dir=str(folder), say=lambda text: None)
-    minutes = (time.process_time() - started) / 60
-    teacher, _ = load_teacher("smollm2-135m")
-    last = max((f for f in folder.iterdir() if f.name[0].isdigit()), key=lambda f: int(f.name.split("-")[0]))
-    student = load_student(last / "student", teacher, own_rest=False)
-    data = PackedData(folder / "data")
-    _, windows_WL = heldout_sets(data, 512, suite_named("short", HELD_OUT, 512))[0]
-    scores = score(teacher, [Candidate("hybrid", student)], windows_WL)
+    done = converted(run.name, RECIPES / f"{run.recipe}.yaml", changes)
+    _, windows_WL = heldout_sets(done.data, 512, suite_named("short", HELD_OUT, 512))[0]
+    scores = score(done.teacher, [Candidate("hybrid", done.student)], windows_WL)
     teacher_row, row = scores["teacher"].summary(), scores["hybrid"].summary()
     result = {
         **run._asdict(),
@@ -141,15 +125,9 @@ def perform(run: Run) -> None:
         "top1": row["top1"],
         "teacher_perplexity": teacher_row["perplexity"],
         "held_out_tokens": row["tokens"],
-        "cpu_minutes": round(minutes, 1),
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.processor() or platform.machine(),
+        "cpu_minutes": round(done.cpu_minutes, 1),
     }
-    RESULTS.mkdir(exist_ok=True)
-    partial = RESULTS / f"{run.name}.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(RESULTS / f"{run.name}.json")
-    shutil.rmtree(folder)
+    keep(run.name, result)
 
 
 def main() -> None:

@@ -1,0 +1,122 @@
+"""A state against a window of the same bytes, both trained on the same tokens, where a window cannot help.
+
+`python -m benchmarks.quality.beyond` converts SmolLM2-135M (15, 22 and 30 of 30 layers) to `windowed_mamba2` and to
+`window` (E: the bytes of the former; W: its window alone). Measured are perplexity and KL by position in held-out
+windows of 4096, and retrieval from further away than any window reaches. `--table` prints what is there, `--only
+PREFIX...` picks some.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .conversions import Converted, converted, keep, kept
+
+RECIPE = Path("configs/smollm2/135m-windowed.yaml")
+LAYERS = ("all", "uniform-22", "uniform-15")
+BUDGET, SEED, WINDOW = 100_000, 0, 2048
+# tokens of keys and values as large as a window of 64 and 64 prototypes
+EQUAL = 97
+MIXERS = {
+    "state": ("student.mixer=windowed_mamba2",),
+    "E": ("student.mixer=window", f"student.window={EQUAL}"),
+    "W": ("student.mixer=window",),
+}
+LONG, LONG_TOKENS = 4096, 65_536
+EDGES = (0, 96, 512, 1024, 2048, 4095)
+TASKS, LENGTHS, DEPTH, PROBES = ("needle", "multi-key", "copying"), (512, 2048), 0.1, 32
+
+
+class Run(NamedTuple):
+    """One conversion."""
+
+    mixer: str
+    layers: str
+
+    @property
+    def name(self) -> str:
+        """As its result is called."""
+        return f"beyond-{self.mixer}-{self.layers}-{BUDGET // 1000}k-seed{SEED}"
+
+
+def perform(run: Run) -> None:
+    """Converts and measures."""
+    changes = [*MIXERS[run.mixer], f"student.layers={run.layers}", f"budget={BUDGET}", f"seed={SEED}"]
+    done = converted(run.name, RECIPE, [*changes, f"data.window={WINDOW}"])
+    if kept("beyond-teacher") is None:
+        keep("beyond-teacher", {"retrieval": retrieval(done, done.teacher)})
+    result = {
+        **run._asdict(),
+        "budget": BUDGET,
+        "seed": SEED,
+        **positions(done),
+        "retrieval": retrieval(done, done.student),
+    }
+    keep(run.name, {**result, "cpu_minutes": round(done.cpu_minutes, 1)})
+
+
+def positions(done: Converted) -> dict[str, Any]:
+    """Perplexity over the teacher's and KL, of everything and between the edges, on trained and untrained domains."""
+    from ssmorph.stages.evaluate import heldout_sets
+    from ssmorph.stages.scores import Candidate, Scores, score
+    from ssmorph.stages.suite import suite_named
+
+    parts = [
+        score(done.teacher, [Candidate("hybrid", done.student)], windows_WL)
+        for _, windows_WL in heldout_sets(done.data, LONG, suite_named("short", LONG_TOKENS, LONG))
+    ]
+    teacher, hybrid = (Scores.merged([part[name] for part in parts]) for name in ("teacher", "hybrid"))
+    rows = []
+    for start, end in [(0, LONG - 1), *pairwise(EDGES)]:
+        row, base = hybrid.summary(start, end), teacher.summary(start, end)
+        rows.append({"from": start, "to": end, "ratio": row["perplexity"] / base["perplexity"], "kl": row["kl"]})
+    return {"positions": rows, "windows": hybrid.windows}
+
+
+def retrieval(done: Converted, model: Any) -> dict[str, float]:
+    """Accuracy of each task and length, the fact at a tenth of the text."""
+    from ssmorph.stages.probes import make_task
+    from ssmorph.stages.retrieval import accuracy, filler_of
+    from ssmorph.stages.scores import Candidate
+
+    filler_L = filler_of(done.data)
+    return {
+        f"{task} {length}": accuracy(
+            Candidate("model", model), make_task(task, done.tokenizer, filler_L, length, DEPTH, PROBES, SEED)
+        )
+        for task in TASKS
+        for length in LENGTHS
+    }
+
+
+def main() -> None:
+    """The runs that are missing, then the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[""])
+    arguments = parser.parse_args()
+    runs = [Run(mixer, layers) for layers in LAYERS for mixer in MIXERS if mixer != "W" or layers == LAYERS[-1]]
+    for run in [] if arguments.table else runs:
+        if kept(run.name) is None and f"{run.mixer}-{run.layers}".startswith(tuple(arguments.only)):
+            print(run.name, flush=True)
+            perform(run)
+    for run in runs:
+        print_row(run.name, kept(run.name))
+    print_row("beyond-teacher", kept("beyond-teacher"))
+
+
+def print_row(name: str, result: dict[str, Any] | None) -> None:
+    """A line of ratios and KLs by position, and a line of retrieval."""
+    if result is None:
+        return
+    print(name)
+    parts = [f"{r['from']}-{r['to']}: {r['ratio']:.3f}, {r['kl']:.3f}" for r in result.get("positions", [])]
+    print("  x teacher, KL  " + "   ".join(parts) if parts else "", flush=True)
+    print("  retrieval      " + "   ".join(f"{task}: {share:.0%}" for task, share in result["retrieval"].items()))
+
+
+if __name__ == "__main__":
+    main()
