@@ -17,7 +17,9 @@ from .conversions import Converted, converted, keep, kept
 
 RECIPE = Path("configs/smollm2/135m-windowed.yaml")
 LAYERS = ("all", "uniform-22", "uniform-15")
-BUDGET, SEED, WINDOW = 100_000, 0, 2048
+BUDGET, SEED, WINDOW, RATE = 100_000, 0, 1024, 3e-4
+# a third of the budget calibrates
+SHARES = ("stages.calibrate.tokens=1000", "stages.logits.tokens=2000")
 # tokens of keys and values as large as a window of 64 and 64 prototypes
 EQUAL = 97
 MIXERS = {
@@ -44,8 +46,8 @@ class Run(NamedTuple):
 
 def perform(run: Run) -> None:
     """Converts and measures."""
-    changes = [*MIXERS[run.mixer], f"student.layers={run.layers}", f"budget={BUDGET}", f"seed={SEED}"]
-    done = converted(run.name, RECIPE, [*changes, f"data.window={WINDOW}"])
+    changes = [*MIXERS[run.mixer], *SHARES, f"student.layers={run.layers}", f"budget={BUDGET}", f"seed={SEED}"]
+    done = converted(run.name, RECIPE, [*changes, f"data.window={WINDOW}", f"stages.logits.optim.lr={RATE}"])
     if kept("beyond-teacher") is None:
         keep("beyond-teacher", {"retrieval": retrieval(done, done.teacher)})
     result = {
