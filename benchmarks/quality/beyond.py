@@ -28,6 +28,7 @@ MIXERS = {
     "W": ("student.mixer=window",),
 }
 LONG, LONG_TOKENS = 4096, 65_536
+SHORTER, SHORT_TOKENS = (512, 2048), 16_384
 EDGES = (0, 96, 512, 1024, 2048, 4095)
 TASKS, LENGTHS, DEPTH, PROBES = ("needle", "multi-key", "copying"), (512, 2048), 0.1, 32
 
@@ -75,7 +76,22 @@ def positions(done: Converted) -> dict[str, Any]:
     for start, end in [(0, LONG - 1), *pairwise(EDGES)]:
         row, base = hybrid.summary(start, end), teacher.summary(start, end)
         rows.append({"from": start, "to": end, "ratio": row["perplexity"] / base["perplexity"], "kl": row["kl"]})
-    return {"positions": rows, "windows": hybrid.windows}
+    return {"positions": rows, "long_windows": hybrid.windows}
+
+
+def windows(done: Converted) -> dict[int, dict[str, float]]:
+    """Perplexity over the teacher's and KL on held-out documents in shorter windows, by their length."""
+    from ssmorph.stages.evaluate import heldout_sets
+    from ssmorph.stages.scores import Candidate, score
+    from ssmorph.stages.suite import suite_named
+
+    found = {}
+    for length in SHORTER:
+        _, windows_WL = heldout_sets(done.data, length, suite_named("short", SHORT_TOKENS, length))[0]
+        scores = score(done.teacher, [Candidate("hybrid", done.student)], windows_WL)
+        row, base = scores["hybrid"].summary(), scores["teacher"].summary()
+        found[length] = {"ratio": row["perplexity"] / base["perplexity"], "kl": row["kl"], "tokens": row["tokens"]}
+    return found
 
 
 def retrieval(done: Converted, model: Any) -> dict[str, float]:
@@ -116,7 +132,8 @@ def print_row(name: str, result: dict[str, Any] | None) -> None:
         return
     print(name)
     parts = [f"{r['from']}-{r['to']}: {r['ratio']:.3f}, {r['kl']:.3f}" for r in result.get("positions", [])]
-    print("  x teacher, KL  " + "   ".join(parts) if parts else "", flush=True)
+    parts += [f"windows of {n}: {r['ratio']:.3f}, {r['kl']:.3f}" for n, r in result.get("windows", {}).items()]
+    print("  x teacher, KL  " + "   ".join(parts))
     print("  retrieval      " + "   ".join(f"{task}: {share:.0%}" for task, share in result["retrieval"].items()))
 
 
