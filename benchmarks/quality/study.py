@@ -33,6 +33,15 @@ RATES = {
 STEP = {"ours": 2.0}
 # trained beside the mixers, at the same rate
 ALL_TRAINED = ("mohawk", "mambainllama", "radlads")
+# what each ingredient of ours is worth: the recipe without it
+WITHOUT = {
+    "calibration": ("stages=[{kind: surgery}, {kind: logits, tokens: 30000, batch: 1, checkpoint_every: 16}]",
+                    "stages.logits.optim.warmup_percent=10", "stages.logits.optim.decay_percent=90"),
+    "KL": ("stages=[{kind: surgery}, {kind: calibrate, tokens: 30000}]",),
+    "own-inputs": ("stages.calibrate.inputs=teacher",),
+    "output-decays": ("stages.calibrate.decay=distance",),
+    "relative-steps": ("stages.logits.optim.kind=adamw",),
+}  # fmt: skip
 TUNING, SEEDS, MIDDLE, LARGE = 10_000, (0, 1), 30_000, 100_000
 HELD_OUT = 8192
 
@@ -45,12 +54,14 @@ class Run(NamedTuple):
     rate: float
     seed: int
     layers: str = "uniform-15"
+    without: str = ""
 
     @property
     def name(self) -> str:
         """As its files are called."""
-        layers = "" if self.layers == "uniform-15" else f"-{self.layers}"
-        return f"{self.recipe}{layers}-{self.budget // 1000}k-{self.rate:g}-seed{self.seed}"
+        apart = "" if self.layers == "uniform-15" else f"-{self.layers}"
+        apart += f"-without-{self.without}" if self.without else ""
+        return f"{self.recipe}{apart}-{self.budget // 1000}k-{self.rate:g}-seed{self.seed}"
 
     def result(self) -> dict[str, Any] | None:
         """What it came to, if it is done."""
@@ -71,6 +82,15 @@ def runs(recipes: Sequence[str]) -> Iterator[Run]:
         if finalist in recipes and (rate := best_rate(finalist)) is not None:
             yield from (Run(finalist, LARGE, rate, seed) for seed in SEEDS)
             yield Run(finalist, LARGE, rate, 0, "all")
+    if "ours" in recipes:
+        yield from leave_one_out()
+
+
+def leave_one_out() -> Iterator[Run]:
+    """Ours without each of its ingredients."""
+    rate = best_rate("ours")
+    if rate is not None:
+        yield from (Run("ours", MIDDLE, rate, 0, without=ingredient) for ingredient in WITHOUT)
 
 
 def rates(recipe: str) -> list[float]:
@@ -110,8 +130,10 @@ def perform(run: Run) -> None:
     from ssmorph.stages.scores import Candidate, score
     from ssmorph.stages.suite import suite_named
 
-    changes = [f"budget={run.budget}", f"seed={run.seed}", f"student.layers={run.layers}"]
-    changes.append(f"stages.logits.optim.lr={run.rate}")
+    changes = [*WITHOUT.get(run.without, ()), f"budget={run.budget}", f"seed={run.seed}"]
+    changes.append(f"student.layers={run.layers}")
+    if run.without != "KL":
+        changes.append(f"stages.logits.optim.lr={run.rate}")
     if run.recipe in ALL_TRAINED:
         changes.append(f"stages.logits.optim.rest_lr={run.rate}")
     done = converted(run.name, RECIPES / f"{run.recipe}.yaml", changes)
