@@ -106,11 +106,13 @@ class OptimConfig:
 
     `relative` (optim.py): rates are shares of a row's size per step, and each layer's gradient is clipped on its own.
     `adamw`: rates as papers print them, and one norm is clipped over all that is trained. Rates are peaks.
+    `depth_ratio`: the last layer's rate over the first one's; between them it changes by equal factors.
     """
 
     kind: Literal["relative", "adamw"] = "relative"
     lr: float = 3e-4
     rest_lr: float = 0.0
+    depth_ratio: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup_percent: float = 20.0
@@ -120,7 +122,7 @@ class OptimConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "depth_ratio"):
             _require(
                 getattr(self, name) > 0, f"optim.{name}", "must be positive", getattr(self, name), "Use the default."
             )
@@ -188,11 +190,14 @@ class MixingStage(TrainStage):
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStage(TrainStage):
-    """Hidden-state alignment on the teacher's inputs: the mixer's own output, or the whole block's."""
+    """Hidden-state alignment on the teacher's inputs: the mixer's own output, or the whole block's.
+
+    `l2` and `mse` are divided by the teacher's size, so every layer weighs the same; `cosine` leaves the size free.
+    """
 
     kind: Literal["hidden"] = "hidden"
     target: Literal["mixer", "block"] = "mixer"
-    loss: Literal["l2", "mse"] = "l2"
+    loss: Literal["l2", "mse", "cosine"] = "l2"
 
 
 @dataclass(frozen=True, kw_only=True)
