@@ -20,7 +20,7 @@ from ssmorph.convert.teachers import load_teacher
 from ssmorph.convert.tiny import byte_tokenizer
 from ssmorph.errors import UserError
 from ssmorph.kernels.distill import distill_loss
-from ssmorph.stages import hidden, logits, pipeline
+from ssmorph.stages import hidden, logits, pipeline, targets
 from ssmorph.stages.checkpoint import latest_checkpoint, load_checkpoint
 from ssmorph.stages.data import PackedData
 from ssmorph.stages.recipe import build, dump, load_recipe
@@ -270,7 +270,7 @@ def test_the_loss_of_chat_data_counts_answers_alone(tmp_path: Path, monkeypatch:
     E = byte_tokenizer()("e").input_ids[0]
     original = PackedData.batch
     monkeypatch.setattr(PackedData, "batch", marked)
-    monkeypatch.setattr(logits, "distill_loss", spy)
+    monkeypatch.setattr(targets, "distill_loss", spy)
     run = with_stages(tmp_path / "run", [{"kind": "logits", "ce_weight": 0.5}])
     assert [len(mask) for mask, _ in seen] == [2 * 47, 2 * 47]
     assert not seen[0][0].any()
