@@ -12,13 +12,14 @@ from .context import Context
 from .data import TokenBatch
 from .hidden import BlockCall, alignment_loss, block_calls, teacher_body
 from .loop import Trained, train
+from .offline import Stored
 from .targets import Live, Target, end_of, final_states
 
 
 def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
     """Runs or resumes the stage on `ctx.student`. No [tokens, vocabulary] tensor is held for any model."""
     student, teacher = ctx.student, ctx.teacher
-    target: Target = Live(ctx, stage)
+    target: Target = Live(ctx, stage) if stage.offline is None else Stored(ctx, index, stage)
     if stage.gradient_checkpointing:
         student.activation_checkpointing_enable()
         student.train()

@@ -48,6 +48,7 @@ from .hidden import run_hidden
 from .logits import run_logits
 from .machine import choose_products, choose_threads, set_products
 from .mixing import run_mixing
+from .offline import check_stamps, check_stored
 from .recipe import difference, dump, load_saved
 from .rundir import RunDir, atomic_folder, atomic_write, disk_errors, remove_folder
 from .suite import suite_named
@@ -83,8 +84,11 @@ def convert(
         _environment(run, config)
         run.write_json("plan.json", {"layers": list(layers), "mixer": config.student.mixer})
         log = _logger(run, say)
-        check_targets(config, [i for i in range(last + 1) if not run.finished(names[i])])
+        waiting = [i for i in range(last + 1) if not run.finished(names[i])]
+        check_targets(config, waiting)
+        check_stored(config, waiting)
         ctx = prepare(config, run, stop, log)
+        check_stamps(ctx, waiting)
         try:
             _run_stages(ctx, layers, last)
             if until is None:

@@ -71,7 +71,8 @@ def _largest(s_CV: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     log_sum_C1 = s_CV.logsumexp(-1, keepdim=True)
     known_CK, indices_CK = s_CV.topk(count, dim=-1)
     rest_C1 = s_CV.scatter_(1, indices_CK, -torch.inf).logsumexp(-1, keepdim=True)
-    return indices_CK, known_CK - log_sum_C1, (rest_C1 - log_sum_C1)[:, 0]
+    # rounding must not make it more than all
+    return indices_CK, known_CK - log_sum_C1, (rest_C1 - log_sum_C1)[:, 0].clamp(max=0)
 
 
 def _loss(student: Side, teacher: Side | Ensemble | Buckets, labels_T: Tensor | None, objective: Objective) -> Tensor:

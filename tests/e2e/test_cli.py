@@ -20,7 +20,17 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = str(CONFIGS / "tiny.yaml")
 # configs/common holds what recipes share
 RECIPES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "common")
-VERBS = (["convert"], ["plan"], ["status"], ["eval"], ["report"], ["generate"], ["data", "pack"], ["doctor"])
+VERBS = (
+    ["convert"],
+    ["plan"],
+    ["status"],
+    ["eval"],
+    ["report"],
+    ["generate"],
+    ["data", "pack"],
+    ["data", "logits"],
+    ["doctor"],
+)
 
 
 @pytest.fixture(scope="module")

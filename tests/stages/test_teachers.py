@@ -82,7 +82,7 @@ def test_the_target_is_the_mean_of_the_models_own_logits(tmp_path: Path, padded:
 
 
 def test_a_teacher_alone_replaces_the_converted_one(tmp_path: Path, larger: Path) -> None:
-    same = shutil.copytree(save_copy(tmp_path / "same"), tmp_path / "copy")
+    same = save_copy(tmp_path / "same")
     plain, copy = run_tiny(tmp_path / "plain"), run_tiny(tmp_path / "a", f"stages.logits.teachers=[{{source: {same}}}]")
     other = run_tiny(tmp_path / "b", f"stages.logits.teachers=[{{source: {larger}}}]")
     metrics = [(run / "metrics.jsonl").read_text() for run in (plain, copy, other)]
