@@ -223,7 +223,7 @@ def load_teacher(
     return model.to(device).eval(), tokenizer
 
 
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer alone, of any form of `teacher.source`.
 
     Raises:
@@ -232,7 +232,7 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(resolve(source))
+        return AutoTokenizer.from_pretrained(resolve(source), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

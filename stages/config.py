@@ -14,6 +14,8 @@ from ..errors import fail
 
 RUN_FORMAT = 1
 WINDOWED = ("windowed_mamba2", "window")
+# as a stage's teacher: the model that is converted
+SELF = "self"
 # windows in a batch of the calibration stage
 CALIBRATION_BATCH = 2
 
@@ -106,11 +108,13 @@ class OptimConfig:
 
     `relative` (optim.py): rates are shares of a row's size per step, and each layer's gradient is clipped on its own.
     `adamw`: rates as papers print them, and one norm is clipped over all that is trained. Rates are peaks.
+    `depth_ratio`: the last layer's rate over the first one's; between them it changes by equal factors.
     """
 
     kind: Literal["relative", "adamw"] = "relative"
     lr: float = 3e-4
     rest_lr: float = 0.0
+    depth_ratio: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup_percent: float = 20.0
@@ -120,7 +124,7 @@ class OptimConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "depth_ratio"):
             _require(
                 getattr(self, name) > 0, f"optim.{name}", "must be positive", getattr(self, name), "Use the default."
             )
@@ -188,17 +192,37 @@ class MixingStage(TrainStage):
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStage(TrainStage):
-    """Hidden-state alignment on the teacher's inputs: the mixer's own output, or the whole block's."""
+    """Hidden-state alignment on the teacher's inputs: the mixer's own output, or the whole block's.
+
+    `l2` and `mse` are divided by the teacher's size, so every layer weighs the same; `cosine` leaves the size free.
+    """
 
     kind: Literal["hidden"] = "hidden"
     target: Literal["mixer", "block"] = "mixer"
-    loss: Literal["l2", "mse"] = "l2"
+    loss: Literal["l2", "mse", "cosine"] = "l2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTeacher:
+    """A model that a logits stage distils towards, of the same vocabulary; `self` is the one that is converted."""
+
+    source: str = SELF
+    weight: float = 1.0
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        ok = 0 < self.weight < float("inf")
+        _require(ok, "StageTeacher.weight", "must be positive", self.weight, "Leave out a teacher of weight 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsStage(TrainStage):
     """End-to-end distillation: the student's next-token distribution towards the teacher's.
 
+    Of several `teachers` the logits are averaged by weight. With `offline`, a folder, the stage reads what the command
+    `data logits` stored there: each position's `offline_top_k` likeliest tokens, in `offline_dtype`, and the sum of the
+    rest.
     `layer_weight` adds a distance of converted blocks' outputs: `l2` relative to the teacher's size and the mean over
     layers, `frobenius` as MaTVLM has it. With `layer_inputs` teacher, the blocks get the teacher's inputs there.
     """
@@ -212,6 +236,10 @@ class LogitsStage(TrainStage):
     layer_loss: Literal["l2", "frobenius"] = "l2"
     layer_inputs: Literal["student", "teacher"] = "student"
     gradient_checkpointing: bool = False
+    teachers: tuple[StageTeacher, ...] = (StageTeacher(),)
+    offline: str | None = None
+    offline_top_k: int = 64
+    offline_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def __post_init__(self) -> None:
         TrainStage.__post_init__(self)
@@ -219,6 +247,12 @@ class LogitsStage(TrainStage):
         _require(0 < self.jsd_beta < 1, "logits.jsd_beta", "must lie in (0, 1)", self.jsd_beta, "Use 0.5.")
         for name in ("ce_weight", "layer_weight"):
             _require(getattr(self, name) >= 0, f"logits.{name}", "must not be negative", getattr(self, name), "Use 0.")
+        sources = [teacher.source for teacher in self.teachers]
+        _require(len(set(sources)) == len(sources) > 0, "logits.teachers", "needs one or more, each once", sources,
+                 f"Use [{{source: {SELF}}}].")  # fmt: skip
+        _require(self.offline is None or self.loss == "kl", "logits.loss", "stored logits know kl alone", self.loss,
+                 "Use kl, or leave offline out.")  # fmt: skip
+        _require(self.offline_top_k > 0, "logits.offline_top_k", "must be positive", self.offline_top_k, "Use 64.")
 
 
 Stage = SurgeryStage | CalibrateStage | MixingStage | HiddenStage | LogitsStage

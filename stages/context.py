@@ -87,7 +87,7 @@ class Context:
         """The tokens of one step and which of them carry loss, [B, L]: a pure function of (seed, stage, step)."""
         seed = self.config.seed * 1000 + stage
         batch = self.data.batch(seed, step, 0, 1, size, self.config.data.window)
-        return TokenBatch(*(part.to(self.device()) for part in batch))
+        return TokenBatch(batch.tokens_BL.to(self.device()), batch.loss_mask_BL.to(self.device()), step)
 
 
 def trained_parameters(student: Any, rest: bool) -> dict[str, nn.Parameter]:

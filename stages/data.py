@@ -24,16 +24,17 @@ from ..errors import fail
 from .chat import encode
 from .config import DataConfig
 from .corpus import Corpus, Document, load_corpus
-from .rundir import atomic_folder
+from .rundir import atomic_folder, file_hash
 
 INDEX = "index.json"
 
 
 class TokenBatch(NamedTuple):
-    """Tokens [B, L] int64, and which of them carry loss [B, L] bool."""
+    """Tokens [B, L] int64, which of them carry loss [B, L] bool, and the step they are of."""
 
     tokens_BL: Tensor
     loss_mask_BL: Tensor
+    step: int
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -159,6 +160,12 @@ class PackedData:
         """Tokens in the training set."""
         return int(self._index["train"]["tokens"])
 
+    def train_hash(self) -> str:
+        """A hash of the training set: its tokens, and which of them carry loss."""
+        number = self._index["train"]["file"]
+        parts = [file_hash(self.folder / f"{number}.{suffix}") for suffix in ("tokens", "loss")]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
     def check(self, tokenizer: Any, config: DataConfig) -> None:
         """Raises ValueError if the shards were made by another tokenizer or from other sources."""
         if tokenizer_hash(tokenizer) != self._index["tokenizer"]:
@@ -183,6 +190,7 @@ class PackedData:
         return TokenBatch(
             torch.from_numpy(np.stack([tokens[r : r + window] for r in rows]).astype(np.int64)),
             torch.from_numpy(np.stack([loss[r : r + window] for r in rows]).astype(bool)),
+            step,
         )
 
     def _row(self, seed: int, number: int, window: int) -> int:

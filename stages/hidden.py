@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmorph.convert.capture import OWN, captured, run_layer
@@ -35,10 +36,12 @@ def run_hidden(ctx: Context, index: int, stage: HiddenStage) -> Trained:
 
 
 def alignment_loss(own_BLD: Tensor, taught_BLD: Tensor, kind: str) -> Tensor:
-    """`l2`: mean over tokens of |own - taught|, over that of |taught|; `mse`: the same of squares.
+    """`l2`: mean over tokens of |own - taught|, over that of |taught|; `mse`: the same of squares; `cosine`: 1 - cos.
 
     Relative, so that every layer weighs the same; vector_norm, because its gradient at 0 is 0 and not NaN.
     """
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(own_BLD.float(), taught_BLD.float(), dim=-1)).mean()
     gap, size = own_BLD.float() - taught_BLD.float(), taught_BLD.float()
     if kind == "mse":
         return gap.square().sum() / size.square().sum().clamp_min(1e-12)

@@ -6,32 +6,36 @@ import torch
 from torch import Tensor
 
 from ssmorph.convert.capture import run_layer
-from ssmorph.kernels.distill import distill_loss
 
 from .config import LogitsStage
 from .context import Context
 from .data import TokenBatch
-from .hidden import BlockCall, alignment_loss, block_calls
+from .hidden import BlockCall, alignment_loss, block_calls, teacher_body
 from .loop import Trained, train
+from .offline import Stored
+from .targets import Live, Target, end_of, final_states
 
 
 def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
-    """Runs or resumes the stage on `ctx.student`. No [tokens, vocabulary] tensor is held for both models."""
+    """Runs or resumes the stage on `ctx.student`. No [tokens, vocabulary] tensor is held for any model."""
     student, teacher = ctx.student, ctx.teacher
+    target: Target = Live(ctx, stage) if stage.offline is None else Stored(ctx, index, stage)
     if stage.gradient_checkpointing:
         student.activation_checkpointing_enable()
         student.train()
 
-    layers = sorted(student.mixers()) if stage.layer_weight else []
+    layers, logits = sorted(student.mixers()) if stage.layer_weight else [], ctx.spec.logits(teacher.config)
 
     def step(batch: TokenBatch) -> dict[int, float]:
         tokens_BL = batch.tokens_BL
-        with block_calls(ctx, teacher, layers) as taught, torch.no_grad():
-            taught_TD = teacher.base_model(tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        with block_calls(ctx, teacher, layers) as taught:
+            distance = target.read(batch)
+            if layers and not target.runs_own:
+                teacher_body(ctx, tokens_BL)
         with block_calls(ctx, student, layers) as own:
-            own_TD = student.base_model(tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            own_TD = final_states(student, tokens_BL)
         labels_T, mask_T = tokens_BL[:, 1:].flatten(), batch.loss_mask_BL[:, 1:].flatten()
-        loss = divergence(ctx, stage, own_TD, taught_TD, labels_T, mask_T)
+        loss = distance(end_of(student, logits, own_TD, target.vocabulary), labels_T, mask_T)
         if stage.layer_weight:
             loss = loss + stage.layer_weight * layer_term(ctx, stage, own, taught)
         loss.backward()
@@ -43,21 +47,6 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
         if stage.gradient_checkpointing:
             student.activation_checkpointing_disable()
             student.eval()
-
-
-def divergence(
-    ctx: Context, stage: LogitsStage, own_TD: Tensor, taught_TD: Tensor, labels_T: Tensor, mask_T: Tensor
-) -> Tensor:
-    """The stage's loss from final hidden states, with both models' heads as their family computes logits."""
-    own, taught = ctx.student.get_output_embeddings(), ctx.teacher.get_output_embeddings()
-    scale, softcap = ctx.spec.logits(ctx.teacher.config)
-    return distill_loss(
-        own_TD, own.weight, taught_TD, taught.weight,
-        loss=stage.loss, temperature=stage.temperature, beta=stage.jsd_beta,
-        labels_T=labels_T if stage.ce_weight else None, ce_weight=stage.ce_weight, mask_T=mask_T,
-        student_bias_V=own.bias, teacher_bias_V=taught.bias, student_scale=scale, teacher_scale=scale,
-        student_softcap=softcap, teacher_softcap=softcap,
-    )  # fmt: skip
 
 
 def layer_term(ctx: Context, stage: LogitsStage, own: dict[int, BlockCall], taught: dict[int, BlockCall]) -> Tensor:

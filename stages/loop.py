@@ -20,7 +20,7 @@ from .checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoi
 from .config import TrainStage
 from .context import Context, trained_parameters
 from .data import TokenBatch
-from .schedule import clip_each, optimizer, rate, set_rate
+from .schedule import clip_each, depth_factors, optimizer, rate, set_rate
 
 StepFunction = Callable[[TokenBatch], dict[int, float]]
 
@@ -78,18 +78,23 @@ class _Loop:
             p.requires_grad_(True)
         chosen = {n: p for n, p in self.parameters.items() if n in mixers}
         rest = {n: p for n, p in self.parameters.items() if n not in mixers}
-        self.optim = optimizer(chosen, rest, stage.optim)
+        count = len(ctx.spec.decoder_layers(ctx.student))
+        factors = depth_factors({n: self._layer(n) for n in self.parameters}, count, stage.optim.depth_ratio)
+        self.optim = optimizer(chosen, rest, stage.optim, factors)
         self.layers = self._layers()
+
+    def _layer(self, name: str) -> int:
+        """The decoder layer of a parameter, -1 for those outside."""
+        prefix = self.ctx.spec.layers + "."
+        return int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else -1
 
     def _layers(self) -> dict[int, list[nn.Parameter]]:
         """Parameters whose gradient is clipped together, by decoder layer; -1 holds those outside."""
         if self.stage.optim.kind == "adamw":
             return {-1: list(self.parameters.values())}
         layers: dict[int, list[nn.Parameter]] = {}
-        prefix = self.ctx.spec.layers + "."
         for name, p in self.parameters.items():
-            index = int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else -1
-            layers.setdefault(index, []).append(p)
+            layers.setdefault(self._layer(name), []).append(p)
         return layers
 
     def resume(self) -> None:

@@ -48,9 +48,11 @@ from .hidden import run_hidden
 from .logits import run_logits
 from .machine import choose_products, choose_threads, set_products
 from .mixing import run_mixing
+from .offline import check_stamps, check_stored
 from .recipe import difference, dump, load_saved
 from .rundir import RunDir, atomic_folder, atomic_write, disk_errors, remove_folder
 from .suite import suite_named
+from .targets import check_targets
 from .tracking import make_tracker
 
 
@@ -82,7 +84,11 @@ def convert(
         _environment(run, config)
         run.write_json("plan.json", {"layers": list(layers), "mixer": config.student.mixer})
         log = _logger(run, say)
-        ctx = _prepare(config, run, stop, log)
+        waiting = [i for i in range(last + 1) if not run.finished(names[i])]
+        check_targets(config, waiting)
+        check_stored(config, waiting)
+        ctx = prepare(config, run, stop, log)
+        check_stamps(ctx, waiting)
         try:
             _run_stages(ctx, layers, last)
             if until is None:
@@ -155,7 +161,8 @@ def _logger(run: RunDir, say: Callable[[str], None]) -> Callable[[str], None]:
     return log
 
 
-def _prepare(config: RunConfig, run: RunDir, stop: Any, log: Callable[[str], None]) -> Context:
+def prepare(config: RunConfig, run: RunDir, stop: Any, log: Callable[[str], None]) -> Context:
+    """Loads the teacher and opens the data; there is no student yet."""
     t = config.teacher
     teacher, tokenizer = load_teacher(t.source, t.revision, t.trust_remote_code, config.device)
     data = open_or_pack(config.data, tokenizer, run.path / "data", log)

@@ -18,7 +18,7 @@ from ssmorph.convert.surgery import MixerChoice, shape_of
 from ssmorph.convert.teachers import load_config
 from ssmorph.convert.treatment import treatments
 
-from .config import CalibrateStage, LogitsStage, RunConfig, SurgeryStage, TrainStage
+from .config import SELF, CalibrateStage, LogitsStage, RunConfig, SurgeryStage, TrainStage
 
 FLOAT32 = 4
 
@@ -70,19 +70,24 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
 
 def _estimate(config: RunConfig, counts: TeacherCounts, trained: int, added: int, width: int) -> dict[str, Any]:
     """Operations, minutes on a CPU, and memory; `trained` are the mixers' parameters, `added` what they add."""
-    body, head = counts.active, counts.head
+    body = counts.active
     aligned = 2 * body + 6 * trained
-    per_token = {"calibrate": 4.5 * body, "mixing": aligned, "hidden": aligned, "logits": 8 * body + 8 * head}
+    per_token = {"calibrate": 4.5 * body, "mixing": aligned, "hidden": aligned}
+    beside = {i: _beside(s, counts) for i, s in enumerate(config.stages) if isinstance(s, LogitsStage)}
     # a card that is not at hand cannot be measured, and a CPU's minutes say nothing of it
     speed = _matmul_speed() if config.device == "cpu" else None
     stages, total = {}, 0.0
-    for name, stage in zip(config.stage_names(), config.stages, strict=True):
+    for index, (name, stage) in enumerate(zip(config.stage_names(), config.stages, strict=True)):
         tokens = stage.tokens if isinstance(stage, (CalibrateStage, TrainStage)) else 0
-        operations = tokens * per_token.get(stage.kind, 0.0)
+        each = per_token.get(stage.kind, 0.0)
+        if index in beside:
+            each = 6 * (body + counts.head) + sum(2 * (c.active + c.head) for c in beside[index])
+        operations = tokens * each
         stages[name] = {"tokens": tokens, "pflop": _digits(operations / 1e15), "minutes": _minutes(operations, speed)}
         total += operations
     # the student shares what it does not replace; weights, gradients and AdamW's two moments of what is trained
     held = counts.total + 4 * trained + _activations(config, len(counts.attention), width)
+    held += max((sum(c.total for c in each if c is not counts) for each in beside.values()), default=0)
     if any(isinstance(stage, TrainStage) and stage.optim.rest_lr for stage in config.stages):
         held += 4 * (counts.total + added - trained)
     return {
@@ -93,6 +98,18 @@ def _estimate(config: RunConfig, counts: TeacherCounts, trained: int, added: int
         "matmul_gflops": None if speed is None else round(speed / 1e9, 1),
         "memory_gib": round(FLOAT32 * held / 2**30, 1),
     }
+
+
+def _beside(stage: LogitsStage, own: TeacherCounts) -> list[TeacherCounts]:
+    """What runs beside the student in a logits stage."""
+    found = []
+    for t in stage.teachers if stage.offline is None else ():
+        if t.source == SELF:
+            found.append(own)
+            continue
+        config = load_config(t.source, t.revision, t.trust_remote_code)
+        found.append(teacher_counts(config, family_of(config), t.trust_remote_code))
+    return found
 
 
 def _minutes(operations: float, speed: float | None) -> float | None:

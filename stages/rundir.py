@@ -199,6 +199,10 @@ class RunDir:
         folder = self.path / name
         return folder.is_dir() and any(folder.iterdir())
 
+    def finished(self, name: str) -> bool:
+        """Whether a stage says so, its artifact unread."""
+        return (self.path / name / DONE).exists()
+
     def done(self, name: str) -> dict[str, Any] | None:
         """What a finished stage's DONE says, once its artifact is found to be what it was; None where not finished.
 
@@ -206,7 +210,7 @@ class RunDir:
             ValueError: the artifact was changed or damaged since.
         """
         marker = self.path / name / DONE
-        if not marker.exists():
+        if not self.finished(name):
             return None
         record = _json(marker, "Delete the stage's folder to run it again.")
         artifact = self.path / name / "student"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,14 +34,32 @@ LOGARITHMS = ("A_log", "dt_bias", "a_bias")
 EPS = {"relative": 1e-12, "adamw": 1e-8}
 
 
-def optimizer(mixers: dict[str, nn.Parameter], rest: dict[str, nn.Parameter], config: OptimConfig) -> RelativeAdamW:
-    """A stage's optimiser; vectors (biases, decays, norms) have no weight decay; `rest` stays put at `rest_lr` 0."""
+def depth_factors(layers: Mapping[str, int], count: int, ratio: float) -> dict[str, float]:
+    """What the rate of each parameter is multiplied with: 1 in layer 0 and outside of layers (-1), `ratio` in the last.
+
+    Args:
+        layers: parameter name -> its decoder layer, of `count`.
+    """
+    return {name: ratio ** (max(layer, 0) / max(count - 1, 1)) for name, layer in layers.items()}
+
+
+def optimizer(
+    mixers: dict[str, nn.Parameter],
+    rest: dict[str, nn.Parameter],
+    config: OptimConfig,
+    factors: Mapping[str, float] | None = None,
+) -> RelativeAdamW:
+    """A stage's optimiser; vectors (biases, decays, norms) have no weight decay; `rest` stays put at `rest_lr` 0.
+
+    `factors` multiply peak rates by parameter name.
+    """
     groups: list[dict[str, Any]] = []
     for lr, parameters in ((config.lr, mixers), (config.rest_lr, rest if config.rest_lr else {})):
         for name, p in parameters.items():
             decay = config.weight_decay if p.dim() > 1 else 0.0
             relative = config.kind == "relative" and name.rpartition(".")[2] not in LOGARITHMS
-            groups.append({"params": [p], "lr": lr, "peak": lr, "weight_decay": decay, "relative": relative})
+            peak = lr * (factors or {}).get(name, 1.0)
+            groups.append({"params": [p], "lr": peak, "peak": peak, "weight_decay": decay, "relative": relative})
     return RelativeAdamW(groups, lr=config.lr, betas=config.betas, eps=EPS[config.kind])
 
 

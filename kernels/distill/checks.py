@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ssmorph.errors import fail, nearest
 
-from .objective import DIVERGENCES, IGNORED
+from .objective import DIVERGENCES, IGNORED, Side
 
 # a row of rounded log-probabilities may sum to a little more than 1
 MOST_PROBABILITY = 1.05
@@ -103,3 +105,28 @@ def check_known(op: str, tokens: int, vocabulary: int, indices: Tensor, log_prob
     if not largest <= MOST_PROBABILITY:
         rule, do = "exp of each row must sum to at most 1", "Give log-probabilities, not logits."
         raise fail(f"{op}.log_probs_TK", rule, float(largest), do)
+
+
+def check_ensemble(op: str, teachers: Sequence[Side], weights: Sequence[float]) -> None:
+    """At least one teacher, each well formed and with a positive weight."""
+    if not teachers or len(teachers) != len(weights):
+        got = (len(teachers), len(weights))
+        raise fail(f"{op}.teachers", "needs one or more, with a weight each", got, "Give as many weights.")
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise fail(f"{op}.weights", "must be positive", tuple(weights), "Leave out a teacher that weighs nothing.")
+    for number, side in enumerate(teachers):
+        name = f"teachers[{number}]"
+        check_side(op, name, side.hidden_TD, side.head_VD)
+        check_biases(op, side.head_VD.shape[0], **{f"{name}.bias_V": side.bias_V})
+        check_numbers(op, 1.0, None, **{f"{name}.softcap": side.softcap})
+
+
+def check_rest(op: str, tokens: int, log_rest: Tensor | None) -> None:
+    """A log-probability for each token."""
+    if log_rest is None:
+        return
+    if tuple(log_rest.shape) != (tokens,) or not log_rest.is_floating_point():
+        got = (tuple(log_rest.shape), log_rest.dtype)
+        raise fail(f"{op}.log_rest_T", f"must have shape ({tokens},), floating-point", got, "One value per token.")
+    if not (log_rest <= 0).all():
+        raise fail(f"{op}.log_rest_T", "must be at most 0", float(log_rest.max()), "Give a log-probability.")

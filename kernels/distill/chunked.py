@@ -1,7 +1,8 @@
 """The distillation losses in chunks of tokens: the gradients of the logits are written over the logits.
 
-Two buffers [chunk, V] hold a chunk's logits (one, where the teacher comes in buckets). All else is done a few rows at a
-time, which stay in the cache. With s = logits / tau, lse a log-sum-exp and sums over the vocabulary:
+Two buffers [chunk, V] hold a chunk's logits (one, where the teacher comes in buckets; three for several teachers). All
+else is done a few rows at a time, which stay in the cache. With s = logits / tau, lse a log-sum-exp and sums over the
+vocabulary:
 
     KL(p||q) = sum p (log p - log q)     dL/ds = q - p
     KL(q||p)                             dL/ds = q (log q/p - KL)
@@ -17,7 +18,17 @@ import torch
 from torch import Tensor
 
 from .driver import through_head
-from .objective import FLOOR, IGNORED, NEVER, Buckets, Objective, Side, chunk_rows, cross_entropy_share
+from .objective import (
+    FLOOR,
+    IGNORED,
+    NEVER,
+    Buckets,
+    Ensemble,
+    Objective,
+    Side,
+    chunk_rows,
+    cross_entropy_share,
+)
 
 # bytes of all chunk buffers, the least rows for a fast matmul, bytes of a buffer that stays in the cache
 BUDGET, LEAST_ROWS, CACHED = 48 << 20, 32, 1 << 19
@@ -25,7 +36,7 @@ BUDGET, LEAST_ROWS, CACHED = 48 << 20, 32, 1 << 19
 WORK = {"kl": 1, "reverse_kl": 1, "jsd": 3}
 
 
-def distill_chunked(student: Side, teacher: Side, labels_T: Tensor | None, objective: Objective) -> Tensor:
+def distill_chunked(student: Side, teacher: Side | Ensemble, labels_T: Tensor | None, objective: Objective) -> Tensor:
     """The scalar loss."""
     return _loss(student, teacher, labels_T, objective)
 
@@ -35,10 +46,39 @@ def topk_chunked(student: Side, teacher: Buckets, labels_T: Tensor | None, objec
     return _loss(student, teacher, labels_T, objective)
 
 
-def _loss(student: Side, teacher: Side | Buckets, labels_T: Tensor | None, objective: Objective) -> Tensor:
+def topk_of_chunked(teacher: Side | Ensemble, count: int, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """(indices [T, K], their log-probabilities, the log-probability of all others [T])."""
+    teacher = teacher.prepared(torch.promote_types(teacher.dtype, torch.float32))
+    first = teacher.sides[0] if isinstance(teacher, Ensemble) else teacher
+    (tokens, _), vocabulary = first.hidden_TD.shape, first.head_VD.shape[0]
+    most = objective.chunk or max(BUDGET // (2 * vocabulary * first.head_VD.element_size()), LEAST_ROWS)
+    buffers = first.hidden_TD.new_empty(2, chunk_rows(tokens, most), vocabulary)
+    indices_TK = torch.empty(tokens, count, dtype=torch.int64, device=buffers.device)
+    log_probs_TK, log_rest_T = buffers.new_empty(tokens, count), buffers.new_empty(tokens)
+    for start in range(0, tokens, buffers.shape[1]):
+        rows = slice(start, min(start + buffers.shape[1], tokens))
+        logits_CV, spare_CV = buffers[:, : rows.stop - start]
+        _teacher_logits(teacher, rows, logits_CV, spare_CV)
+        if isinstance(teacher, Side):
+            teacher.finish_(logits_CV)
+        kept = _largest(logits_CV.mul_(1 / objective.temperature), count)
+        indices_TK[rows], log_probs_TK[rows], log_rest_T[rows] = kept
+    return indices_TK, log_probs_TK, log_rest_T
+
+
+def _largest(s_CV: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `topk_of_chunked`; the logits are lost. The rest is summed itself: where it is small, 1 - sum is rounding."""
+    log_sum_C1 = s_CV.logsumexp(-1, keepdim=True)
+    known_CK, indices_CK = s_CV.topk(count, dim=-1)
+    rest_C1 = s_CV.scatter_(1, indices_CK, -torch.inf).logsumexp(-1, keepdim=True)
+    # rounding must not make it more than all
+    return indices_CK, known_CK - log_sum_C1, (rest_C1 - log_sum_C1)[:, 0].clamp(max=0)
+
+
+def _loss(student: Side, teacher: Side | Ensemble | Buckets, labels_T: Tensor | None, objective: Objective) -> Tensor:
     dtype = torch.promote_types(student.dtype, torch.float32)
     student = student.prepared(dtype)
-    if isinstance(teacher, Side):
+    if not isinstance(teacher, Buckets):
         with torch.no_grad():
             teacher = teacher.prepared(dtype)
     chunks = _Chunks(student, teacher, labels_T, objective)
@@ -48,15 +88,18 @@ def _loss(student: Side, teacher: Side | Buckets, labels_T: Tensor | None, objec
 class _Chunks:
     """See `driver.Chunks`."""
 
-    def __init__(self, student: Side, teacher: Side | Buckets, labels_T: Tensor | None, objective: Objective) -> None:
+    def __init__(
+        self, student: Side, teacher: Side | Ensemble | Buckets, labels_T: Tensor | None, objective: Objective
+    ) -> None:
         self.student, self.teacher, self.labels_T, self.objective = student, teacher, labels_T, objective
         self.ce_share = cross_entropy_share(labels_T, objective)
         tokens, vocabulary = student.hidden_TD.shape[0], student.head_VD.shape[0]
-        row, buffers = vocabulary * student.head_VD.element_size(), 1 + isinstance(teacher, Side)
+        row = vocabulary * student.head_VD.element_size()
+        buffers = {Buckets: 1, Side: 2, Ensemble: 3}[type(teacher)]
         most = objective.chunk or max(BUDGET // (buffers * row), LEAST_ROWS)
         self.rows = chunk_rows(tokens, most)
         self.logits = student.hidden_TD.new_empty(buffers, self.rows, vocabulary)
-        own = WORK[objective.loss] if isinstance(teacher, Side) else 0
+        own = 0 if isinstance(teacher, Buckets) else WORK[objective.loss]
         work = own + (labels_T is not None) + (student.softcap is not None)
         self.work = student.hidden_TD.new_empty(work, max(min(CACHED // row, self.rows), 1), vocabulary)
 
@@ -64,8 +107,8 @@ class _Chunks:
         count, cached = hidden_CD.shape[0], self.work.shape[1]
         logits = self.logits[:, :count]
         torch.mm(hidden_CD, self.student.head_VD.t(), out=logits[0])
-        if isinstance(self.teacher, Side):
-            torch.mm(self.teacher.hidden_TD[rows], self.teacher.head_VD.t(), out=logits[1])
+        if not isinstance(self.teacher, Buckets):
+            _teacher_logits(self.teacher, rows, logits[1], logits[2] if len(logits) > 2 else None)
         for start in range(0, count, cached):
             part = slice(start, min(start + cached, count))
             tokens = slice(rows.start + part.start, rows.start + part.stop)
@@ -76,7 +119,7 @@ class _Chunks:
         """Losses of tokens in the cache, and the gradients over the student's logits."""
         tau, softcap = self.objective.temperature, self.student.softcap
         q_RV, *work = logits[0], *self.work[:, : logits.shape[1]]
-        _finish(q_RV, self.student)
+        self.student.finish_(q_RV)
         if softcap is not None:
             slope_RV = torch.mul(q_RV, 1 / softcap, out=work.pop()).square_().neg_().add_(1)
         if self.labels_T is not None and self.ce_share is not None:
@@ -99,14 +142,28 @@ class _Chunks:
         if isinstance(self.teacher, Buckets):
             buckets = (self.teacher.indices_TK, self.teacher.log_probs_TK, self.teacher.log_tail_T)
             return _buckets(logits[0], *(t[tokens] for t in buckets))
-        q_RV, p_RV = logits
-        _finish(p_RV, self.teacher)
+        q_RV, p_RV = logits[:2]
+        if isinstance(self.teacher, Side):
+            self.teacher.finish_(p_RV)
         p_RV.mul_(1 / self.objective.temperature)
         if self.objective.loss == "kl":
             return _kl(q_RV, p_RV, *work)
         if self.objective.loss == "reverse_kl":
             return _reverse_kl(q_RV, p_RV, *work)
         return _jsd(self.objective.beta, q_RV, p_RV, *work)
+
+
+def _teacher_logits(teacher: Side | Ensemble, rows: slice, out_CV: Tensor, spare_CV: Tensor | None) -> None:
+    """Writes h W^T of some tokens; for several teachers, with a second buffer, the mean of finished logits."""
+
+    def product(side: Side, each_CV: Tensor) -> None:
+        torch.mm(side.hidden_TD[rows], side.head_VD.t(), out=each_CV)
+
+    if isinstance(teacher, Side):
+        product(teacher, out_CV)
+    else:
+        assert spare_CV is not None
+        teacher.mean(product, out_CV, spare_CV)
 
 
 def _cross_entropy(logits_RV: Tensor, labels_R: Tensor, share: Tensor, grad_RV: Tensor) -> Tensor:
@@ -118,13 +175,6 @@ def _cross_entropy(logits_RV: Tensor, labels_R: Tensor, share: Tensor, grad_RV: 
     loss_R1 = (log_sum_R1 - logits_RV.gather(1, index_R1)) * weight_R1
     grad_RV.mul_(weight_R1).scatter_add_(1, index_R1, -weight_R1)
     return loss_R1[:, 0]
-
-
-def _finish(logits_RV: Tensor, side: Side) -> None:
-    if side.bias_V is not None:
-        logits_RV.add_(side.bias_V)
-    if side.softcap is not None:
-        logits_RV.mul_(1 / side.softcap).tanh_().mul_(side.softcap)
 
 
 def _softmax(s_RV: Tensor, out_RV: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ T tokens, K kept tokens of the teacher, V vocabulary, D width.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +46,15 @@ class Side:
         """The widest dtype of hidden states and head."""
         return torch.promote_types(self.hidden_TD.dtype, self.head_VD.dtype)
 
+    def finish_(self, logits: Tensor) -> None:
+        """Turns h W^T of some tokens, in place, into logits."""
+        if self.bias_V is not None:
+            logits.add_(self.bias_V.to(logits.dtype).clamp(min=NEVER))
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.mul_(1 / self.softcap).tanh_().mul_(self.softcap)
+
     def prepared(self, dtype: torch.dtype) -> Side:
         """In one dtype, with the scale inside the hidden states and the bias."""
         hidden, head, bias = self.hidden_TD.to(dtype), self.head_VD.to(dtype), self.bias_V
@@ -51,6 +62,40 @@ class Side:
             hidden = hidden * self.scale
         bias = None if bias is None else (bias.to(dtype) * self.scale).clamp(min=NEVER)
         return replace(self, hidden_TD=hidden, head_VD=head, bias_V=bias, scale=1.0)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Several teachers as one: its logits are the weighted mean of theirs, scales and soft caps applied."""
+
+    sides: tuple[Side, ...]
+    weights: tuple[float, ...]
+
+    @staticmethod
+    def of(sides: Sequence[Side], weights: Sequence[float]) -> Side | Ensemble:
+        """With weights that sum to 1; a single teacher stays what it is."""
+        total = sum(weights)
+        return Ensemble(tuple(sides), tuple(w / total for w in weights)) if len(sides) > 1 else sides[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of all sides."""
+        return functools.reduce(torch.promote_types, (side.dtype for side in self.sides))
+
+    def mean(self, product: Callable[[Side, Tensor], None], out_CV: Tensor, spare_CV: Tensor) -> None:
+        """Writes the mean logits of some tokens; `product` writes h W^T of a side, one after another."""
+        for number, (side, weight) in enumerate(zip(self.sides, self.weights, strict=True)):
+            each_CV = spare_CV if number else out_CV
+            product(side, each_CV)
+            side.finish_(each_CV)
+            if number:
+                out_CV.add_(each_CV, alpha=weight)
+            else:
+                out_CV.mul_(weight)
+
+    def prepared(self, dtype: torch.dtype) -> Ensemble:
+        """Each side as `Side.prepared`."""
+        return replace(self, sides=tuple(side.prepared(dtype) for side in self.sides))
 
 
 @dataclass(frozen=True)
@@ -62,9 +107,22 @@ class Buckets:
     log_tail_T: Tensor
 
     @staticmethod
-    def of(indices_TK: Tensor, log_probs_TK: Tensor, vocabulary: int, dtype: torch.dtype) -> Buckets:
-        """With rows that sum to 1: rounded log-probabilities may sum to more, and a tail within rounding is 0."""
+    def of(
+        indices_TK: Tensor,
+        log_probs_TK: Tensor,
+        vocabulary: int,
+        dtype: torch.dtype,
+        log_rest_T: Tensor | None = None,
+    ) -> Buckets:
+        """With rows that sum to 1: rounded log-probabilities may sum to more, and a tail within rounding is 0.
+
+        A tail that is given stays as it is, and the known tokens share what it leaves.
+        """
         log_probs = log_probs_TK.to(dtype).clamp(min=NEVER)
+        if log_rest_T is not None:
+            tail_T = log_rest_T.to(dtype)
+            left_T1 = torch.log(-torch.expm1(tail_T))[:, None] - log_probs.logsumexp(-1, keepdim=True)
+            return Buckets(indices_TK, (log_probs + left_T1).clamp(min=NEVER), tail_T.clamp(min=NEVER))
         total_T1 = log_probs.exp().sum(-1, keepdim=True)
         tail_T = 1 - total_T1[:, 0]
         small = tail_T < 16 * torch.finfo(dtype).eps

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .objective import FLOOR, IGNORED, Buckets, Objective, Side
+from .objective import FLOOR, IGNORED, Buckets, Ensemble, Objective, Side
 
 
-def distill_reference(student: Side, teacher: Side, labels_T: Tensor | None, objective: Objective) -> Tensor:
+def distill_reference(student: Side, teacher: Side | Ensemble, labels_T: Tensor | None, objective: Objective) -> Tensor:
     """The scalar loss; a missing token count divides by 1."""
     student_TV, teacher_TV = _logits(student), _logits(teacher).detach()
     tau = objective.temperature
@@ -43,7 +43,9 @@ def _total(divergence_T: Tensor, student_TV: Tensor, labels_T: Tensor | None, ob
     return divergence + objective.ce_weight * ce
 
 
-def _logits(side: Side) -> Tensor:
+def _logits(side: Side | Ensemble) -> Tensor:
+    if isinstance(side, Ensemble):
+        return torch.stack([w * _logits(s) for s, w in zip(side.sides, side.weights, strict=True)]).sum(0)
     side = side.prepared(torch.promote_types(side.dtype, torch.float32))
     logits_TV = F.linear(side.hidden_TD, side.head_VD, side.bias_V)
     return logits_TV if side.softcap is None else side.softcap * torch.tanh(logits_TV / side.softcap)

@@ -3,7 +3,7 @@
 Matrices are multiplied in each side's own dtype, but logits are kept in float32: the gradient is a difference of two
 similar distributions, and logits rounded to bfloat16 put it 5 to 25 % off for a student near its teacher. Gradients of
 logits are in the student's dtype (for float32 over its logits), losses and sums over tokens in float32. A chunk takes
-two float32 buffers [C, V] (one, where the teacher comes in buckets) and one for the gradients.
+two float32 buffers [C, V] (one, where the teacher comes in buckets; three for several teachers), one for gradients.
 
 T tokens, C tokens of a chunk, K kept tokens of the teacher, V vocabulary.
 """
@@ -22,7 +22,7 @@ from ..common.gpu import architecture
 from ..common.launch import launch, recorded
 from ..common.shipped import Shipped
 from .driver import through_head
-from .objective import DIVERGENCES, NEVER, Buckets, Objective, Side, chunk_rows, cross_entropy_share
+from .objective import DIVERGENCES, NEVER, Buckets, Ensemble, Objective, Side, chunk_rows, cross_entropy_share
 from .triton_kernels import buckets_kernel, heads_kernel
 
 # bytes of a gradient -> tokens of the vocabulary at a time without options and with (they take registers), warps
@@ -36,8 +36,11 @@ BUDGET, ROWS, MOST_KNOWN = 1 << 30, 128, 4096
 STAGES = 3
 
 
-def distill_triton(student: Side, teacher: Side, labels_T: Tensor | None, objective: Objective) -> Tensor:
+def distill_triton(student: Side, teacher: Side | Ensemble, labels_T: Tensor | None, objective: Objective) -> Tensor:
     """The scalar loss."""
+    if isinstance(teacher, Ensemble):
+        sides = tuple(_in_own_dtype("distill_ensemble_loss", side) for side in teacher.sides)
+        return _loss("distill_ensemble_loss", student, replace(teacher, sides=sides), labels_T, objective)
     return _loss("distill_loss", student, _in_own_dtype("distill_loss", teacher), labels_T, objective)
 
 
@@ -49,7 +52,9 @@ def topk_triton(student: Side, teacher: Buckets, labels_T: Tensor | None, object
     return _loss("distill_topk_loss", student, teacher, labels_T, objective)
 
 
-def _loss(op: str, student: Side, teacher: Side | Buckets, labels_T: Tensor | None, objective: Objective) -> Tensor:
+def _loss(
+    op: str, student: Side, teacher: Side | Ensemble | Buckets, labels_T: Tensor | None, objective: Objective
+) -> Tensor:
     student = _in_own_dtype(op, student)
     chunks = _Chunks(student, teacher, labels_T, objective)
     return through_head(student.hidden_TD, student.head_VD, student.bias_V, chunks)
@@ -70,16 +75,26 @@ def row_limit(vocabulary: int, width: int, size: int, buffers: int) -> int:
 class _Chunks:
     """See `driver.Chunks`."""
 
-    def __init__(self, student: Side, teacher: Side | Buckets, labels_T: Tensor | None, objective: Objective) -> None:
+    def __init__(
+        self, student: Side, teacher: Side | Ensemble | Buckets, labels_T: Tensor | None, objective: Objective
+    ) -> None:
         self.student, self.teacher, self.objective = student, teacher, objective
         (tokens, width), vocabulary = student.hidden_TD.shape, student.head_VD.shape[0]
-        sides = [student, teacher] if isinstance(teacher, Side) else [student]
+        # a mean of logits comes to the kernel finished
+        target = (
+            replace(teacher.sides[0], bias_V=None, scale=1.0, softcap=None)
+            if isinstance(teacher, Ensemble)
+            else teacher
+        )
+        sides = [student, target] if isinstance(target, Side) else [student]
+        held = len(sides) + isinstance(teacher, Ensemble)
+        self.target = target
         size = student.hidden_TD.element_size()
-        most = objective.chunk or row_limit(vocabulary, width, size, len(sides))
+        most = objective.chunk or row_limit(vocabulary, width, size, held)
         self.rows = chunk_rows(tokens, most, 1 if objective.chunk else ROWS)
         # rows of 16 elements, for aligned loads
         shape = (self.rows, -(-vocabulary // 16) * 16)
-        self.buffers = [side.hidden_TD.new_empty(shape, dtype=torch.float32)[:, :vocabulary] for side in sides]
+        self.buffers = [student.hidden_TD.new_empty(shape, dtype=torch.float32)[:, :vocabulary] for _ in range(held)]
         in_place = student.dtype == torch.float32
         self.grads = self.buffers[0] if in_place else student.hidden_TD.new_empty(shape)[:, :vocabulary]
         self.biases = [None if side.bias_V is None else side.bias_V.detach().float().clamp(min=NEVER) for side in sides]
@@ -97,11 +112,14 @@ class _Chunks:
         grads_CV = self.grads[:count]
         _logits(hidden_CD, self.student.head_VD, logits[0])
         labels_C = None if self.labels_T is None else self.labels_T[rows]
-        if isinstance(self.teacher, Buckets):
-            self._buckets(self.teacher, logits[0], grads_CV, rows, labels_C, losses_C, grads)
+        if isinstance(self.target, Buckets):
+            self._buckets(self.target, logits[0], grads_CV, rows, labels_C, losses_C, grads)
+            return grads_CV
+        if isinstance(self.teacher, Ensemble):
+            self.teacher.mean(lambda side, out: _logits(side.hidden_TD[rows], side.head_VD, out), logits[1], logits[2])
         else:
-            _logits(self.teacher.hidden_TD[rows], self.teacher.head_VD, logits[1])
-            self._heads(self.teacher, [*logits, grads_CV], labels_C, losses_C, grads)
+            _logits(self.target.hidden_TD[rows], self.target.head_VD, logits[1])
+        self._heads(self.target, [*logits[:2], grads_CV], labels_C, losses_C, grads)
         return grads_CV
 
     def _heads(

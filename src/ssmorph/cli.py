@@ -146,6 +146,21 @@ def data_pack(
     print(json.dumps(verbs.pack(out, teacher, *sources, say=_line), indent=1))
 
 
+def data_logits(
+    recipe: tyro.conf.Positional[str],
+    overrides: tyro.conf.Positional[tuple[str, ...]] = (),
+    run_dir: str | None = None,
+) -> None:
+    """Store the teacher's logits that a recipe's logits stages read where they have `offline: FOLDER`.
+
+    Args:
+        recipe: a YAML recipe.
+        overrides: changes, the same that convert is given.
+        run_dir: the run's folder, instead of the recipe's run_dir.
+    """
+    print(json.dumps(verbs.store_logits(recipe, *overrides, run_dir=run_dir, say=_line), indent=1))
+
+
 def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
     """Show what this machine has: packages that really import, kernels that would run, and the thread policy.
 
@@ -196,14 +211,14 @@ def run(arguments: Sequence[str]) -> int:
     app = tyro.extras.SubcommandApp()
     commands: dict[str, Callable[..., None]] = {
         "convert": convert, "plan": plan, "status": status, "eval": evaluate, "report": report,
-        "generate": generate, "data-pack": data_pack, "doctor": doctor,
+        "generate": generate, "data-pack": data_pack, "data-logits": data_logits, "doctor": doctor,
     }  # fmt: skip
     for name, function in commands.items():
         app.command(name=name)(function)
     # `ssmorph data pack` reads better than a hyphen
     words = list(arguments)
-    if words[:2] == ["data", "pack"]:
-        words[:2] = ["data-pack"]
+    if words[:2] in (["data", "pack"], ["data", "logits"]):
+        words[:2] = ["-".join(words[:2])]
     try:
         app.cli(args=words, prog="ssmorph", description=summary.splitlines()[0])
     except UserError as error:

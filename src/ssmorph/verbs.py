@@ -194,6 +194,26 @@ def pack(out: str | Path, teacher: str, *sources: str, say: Callable[[str], None
     return {"folder": str(out), "train_tokens": packed.train_tokens, "sources": packed.provenance}
 
 
+def store_logits(
+    recipe: str | Path, *overrides: str, run_dir: str | None = None, say: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Stores the teachers' logits that a recipe's logits stages with `offline` will read; the same call again goes on.
+
+    Args:
+        overrides: as in `convert`; the run must be given the same.
+        run_dir: the run's folder, where the text is packed.
+
+    Raises:
+        ValueError: no stage with `offline`, or a mistake in recipe, teacher, data or disk.
+    """
+    from .stages.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides, **({"run_dir": str(run_dir)} if run_dir else {}))
+    from .stages.store import store_logits
+
+    return store_logits(config, say)
+
+
 def doctor() -> dict[str, Any]:
     """What imports here, which kernel would run where, and how many threads are fastest."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

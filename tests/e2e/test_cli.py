@@ -20,7 +20,17 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = str(CONFIGS / "tiny.yaml")
 # configs/common holds what recipes share
 RECIPES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "common")
-VERBS = (["convert"], ["plan"], ["status"], ["eval"], ["report"], ["generate"], ["data", "pack"], ["doctor"])
+VERBS = (
+    ["convert"],
+    ["plan"],
+    ["status"],
+    ["eval"],
+    ["report"],
+    ["generate"],
+    ["data", "pack"],
+    ["data", "logits"],
+    ["doctor"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +76,16 @@ def test_help_of_every_verb(verb: list[str], capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "usage: ssmorph" in shown
     assert len(shown.splitlines()) > 5
+
+
+def test_data_logits_says_what_it_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, run = ["data", "logits", TINY, "stages.logits.tokens=192"], ["--run-dir", str(tmp_path / "run")]
+    assert cli.run([*words, *run]) == 2
+    assert "Add offline: FOLDER to a logits stage." in capsys.readouterr().err
+    assert cli.run([*words, f"stages.logits.offline={tmp_path / 'stored'}", *run]) == 0
+    shown = capsys.readouterr().out
+    (stored,) = json.loads(shown[shown.index("[\n") :])
+    assert (stored["folder"], stored["steps"]) == (str(tmp_path / "stored" / "4-logits"), 2)
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

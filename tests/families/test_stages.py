@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +16,8 @@ from ssmorph.convert.surgery import MixerChoice
 from ssmorph.stages.artifact import copied_student
 from ssmorph.stages.config import LogitsStage
 from ssmorph.stages.controls import windowed
-from ssmorph.stages.logits import divergence
 from ssmorph.stages.mixing import align_matrices
+from ssmorph.stages.targets import divergence, end_of
 from tests.families.hybrids import tokens
 from tests.families.tiny import ROWS, family_teacher
 
@@ -62,9 +61,10 @@ def test_the_distillation_loss_is_that_of_the_models_own_logits(row: str) -> Non
     teacher = family_teacher(row)
     student, x = student_of(teacher), tokens(2, 20)
     stage: Any = LogitsStage(tokens=1, batch=1)
-    ctx: Any = SimpleNamespace(student=student, teacher=teacher, spec=family_of(teacher.config))
     own, taught = (model.base_model(x, use_cache=False).last_hidden_state.flatten(0, 1) for model in (student, teacher))
-    loss = divergence(ctx, stage, own, taught, x.flatten(), torch.ones(own.shape[0], dtype=torch.bool))
+    ends = family_of(teacher.config).logits(teacher.config)
+    sides = [end_of(model, ends, states) for model, states in ((student, own), (teacher, taught))]
+    loss = divergence(stage, sides[1:], [1.0], sides[0], x.flatten(), torch.ones(own.shape[0], dtype=torch.bool))
     logs = [model(x, use_cache=False).logits.flatten(0, 1).log_softmax(-1) for model in (student, teacher)]
     expected = F.kl_div(*logs, log_target=True, reduction="batchmean")
     assert expected > 1e-3

@@ -10,7 +10,7 @@ from torch import nn
 
 from ssmorph.stages.config import OptimConfig
 from ssmorph.stages.optim import FLOOR
-from ssmorph.stages.schedule import optimizer, rate, set_rate
+from ssmorph.stages.schedule import depth_factors, optimizer, rate, set_rate
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -51,6 +51,19 @@ def test_the_relative_optimiser_moves_rows_by_their_size() -> None:
     # rows much smaller than their tensor move as if they had a share of its size
     torch.testing.assert_close(moved, 0.01 * size.maximum(FLOOR * whole), rtol=1e-3, atol=1e-7)
     assert size[0] < FLOOR * whole < size[-1]
+
+
+def test_rates_change_by_equal_factors_with_depth() -> None:
+    layers = {"first": 0, "middle": 2, "last": 4, "embedding": -1}
+    factors = depth_factors(layers, 5, 0.25)
+    assert factors == {"first": 1.0, "middle": 0.5, "last": 0.25, "embedding": 1.0}
+    named = {name: nn.Parameter(torch.randn(3, 2)) for name in layers}
+    rest = {"embedding": named.pop("embedding")}
+    optim = optimizer(named, rest, OptimConfig(lr=0.1, rest_lr=0.01), factors)
+    set_rate(optim, 0.5)
+    assert [group["lr"] for group in optim.param_groups] == [0.05, 0.025, 0.0125, 0.005]
+    assert set(depth_factors(layers, 5, 1.0).values()) == {1.0}
+    assert depth_factors({"only": 0}, 1, 3.0) == {"only": 1.0}
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])

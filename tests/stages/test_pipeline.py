@@ -20,7 +20,7 @@ from ssmorph.convert.teachers import load_teacher
 from ssmorph.convert.tiny import byte_tokenizer
 from ssmorph.errors import UserError
 from ssmorph.kernels.distill import distill_loss
-from ssmorph.stages import hidden, logits, pipeline
+from ssmorph.stages import hidden, logits, pipeline, targets
 from ssmorph.stages.checkpoint import latest_checkpoint, load_checkpoint
 from ssmorph.stages.data import PackedData
 from ssmorph.stages.recipe import build, dump, load_recipe
@@ -187,6 +187,9 @@ VARIATIONS: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
         [{"kind": "logits", "layer_weight": 1.0, "layer_loss": "frobenius", "layer_inputs": "teacher"}],
         ("stages.surgery.init=projections",),
     ),
+    "cosine, late layers slower": (
+        [{"kind": "hidden", "loss": "cosine", "optim": {"lr": 1e-3, "depth_ratio": 0.1}}], ()
+    ),
     "several checkpoints": ([{"kind": "hidden", "checkpoint_every": 1, "keep": 2}], ()),
 }  # fmt: skip
 
@@ -267,7 +270,7 @@ def test_the_loss_of_chat_data_counts_answers_alone(tmp_path: Path, monkeypatch:
     E = byte_tokenizer()("e").input_ids[0]
     original = PackedData.batch
     monkeypatch.setattr(PackedData, "batch", marked)
-    monkeypatch.setattr(logits, "distill_loss", spy)
+    monkeypatch.setattr(targets, "distill_loss", spy)
     run = with_stages(tmp_path / "run", [{"kind": "logits", "ce_weight": 0.5}])
     assert [len(mask) for mask, _ in seen] == [2 * 47, 2 * 47]
     assert not seen[0][0].any()
@@ -319,6 +322,34 @@ def test_alignment_losses_are_relative_and_flat_at_zero() -> None:
         hidden.alignment_loss(own, taught, kind).backward()
         assert own.grad is not None
         assert own.grad.abs().max() == 0
+
+
+def test_the_cosine_is_of_directions_alone() -> None:
+    taught = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    for factor, expected in ((3.0, 0.0), (-0.1, 2.0)):
+        own = (factor * taught).requires_grad_(True)
+        loss = hidden.alignment_loss(own, taught, "cosine")
+        loss.backward()
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
+        assert own.grad is not None
+        assert own.grad.abs().max() < 1e-5
+    silent = torch.zeros_like(taught).requires_grad_(True)
+    hidden.alignment_loss(silent, taught, "cosine").backward()
+    assert silent.grad is not None
+    assert silent.grad.isfinite().all()
+
+
+def test_the_depth_ratio_slows_the_layers_that_are_late(tmp_path: Path) -> None:
+    moved = []
+    for name, ratio in (("even", 1.0), ("late", 1e-6)):
+        optim = {"lr": 1e-3, "depth_ratio": ratio}
+        run = with_stages(tmp_path / name, [{"kind": "hidden", "optim": optim}])
+        before, after = (load_file(run / s / "student" / "student.safetensors") for s in ("0-surgery", "1-hidden"))
+        moved.append([(after[n] - before[n]).abs().max() for n in after if n.endswith("in_proj.weight")])
+    # layers 1 and 3 of 4: a third of the way, and the last
+    assert min(moved[0]) > 1e-5
+    assert moved[1][1] < 1e-4 * moved[0][1]
+    assert 1e-3 * moved[0][0] < moved[1][0] < 0.1 * moved[0][0]
 
 
 @pytest.mark.slow

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import yaml
+
 from ssmorph.convert.plan import resolve_layers
-from ssmorph.stages.recipe import load_recipe
+from ssmorph.stages.recipe import build, load_recipe
 from tests.stages.test_shipped_recipes import CONFIGS, MODELS, RECIPES, model_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
@@ -30,6 +32,19 @@ def rows() -> list[str]:
 def test_every_recipe_has_its_row_and_no_other_has_one() -> None:
     starts = [line[: line.rindex(" | ") + 3] for line in rows()]
     assert starts == [row_of(recipe) for recipe in RECIPES]
+
+
+def test_every_key_that_the_page_explains_is_one_of_a_recipe() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.+?)```", text, re.DOTALL)]
+    # `kind: {key: value}` in the table, optim being a key of any stage
+    shown = [yaml.safe_load(cell) for cell in re.findall(r"^\| `(\w+: \{.+?\})` \|", text, re.MULTILINE)]
+    stages = [stage for block in blocks for stage in block]
+    stages += [{"kind": "logits", **e} if "optim" in e else {"kind": k, **v} for e in shown for k, v in e.items()]
+    assert len(blocks) >= 2
+    assert len(shown) >= 5
+    for stage in stages:
+        build({"teacher": {"source": "m"}, "run_dir": "r", "stages": [{"kind": "surgery"}, stage]})
 
 
 def test_numbers_are_where_a_row_says() -> None:
