@@ -11,7 +11,7 @@ import torch
 from ..errors import fail
 from .config import LogitsStage, RunConfig
 from .context import stop_signals
-from .machine import choose_threads
+from .machine import choose_products, choose_threads, set_products
 from .offline import write_stage
 from .pipeline import prepare
 from .rundir import RunDir
@@ -35,5 +35,7 @@ def store_logits(config: RunConfig, say: Callable[[str], None] = print) -> list[
     check_targets(config, list(chosen))
     with RunDir(config.run_dir) as run, stop_signals() as stop:
         torch.set_num_threads(config.threads or choose_threads())
+        if config.device == "cpu":
+            set_products(choose_products())
         ctx = prepare(replace(config, tracker="none"), run, stop, say)
         return [write_stage(ctx, index, stage) for index, stage in chosen.items()]
