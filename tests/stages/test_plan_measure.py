@@ -14,7 +14,7 @@ from tests.families.tiny import family_config
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = str(CONFIGS / "tiny.yaml")
 MOHAWK = str(CONFIGS / "study" / "mohawk.yaml")
-WINDOWED = str(CONFIGS / "smollm2" / "135m-windowed.yaml")
+WINDOWED = str(CONFIGS / "smollm2" / "135m-demo.yaml")
 
 
 def costs(plan: dict[str, Any]) -> dict[str, Any]:
