@@ -20,7 +20,7 @@ from .capture import MixerCall, attention_rows, captured, first_hidden, layer_kw
 from .families import FamilySpec
 from .headfit import HeadFit, balanced_basis, fit_heads
 from .linearise import fill_norm, open_gate, shrink_taps
-from .mixers import Mixer, ScanMixer, WindowedMixer
+from .mixers import AttendingMixer, HeadsMixer, Mixer, ScanMixer, WindowedMixer
 from .mixers.mamba2 import Mamba2Mixer
 from .moments import Moments
 from .start import conv_bias, conv_rows, set_decay
@@ -155,17 +155,21 @@ class _Layer:
 
     def _fit_heads(self, calls: list[MixerCall], inputs: list[Tensor]) -> None:
         """Writes the head fit into the mixer: rows of B and C, their constant channel, D and the decay."""
-        mixer, shape = self.mixer, self.mixer.shape
+        mixer, count = self.mixer, self.mixer.shape.heads
+        heads = list(range(count))
         if isinstance(mixer, WindowedMixer):
             fit_state(mixer, inputs, [c.heads_BLE for c in calls], self.attention_kwargs)
             return
+        if isinstance(mixer, HeadsMixer):
+            if mixer.scan is None:
+                return
+            mixer, heads = mixer.scan, list(mixer.rest)
         assert isinstance(mixer, ScanMixer)
         few = max(1, HEAD_TOKENS // inputs[0][..., 0].numel())
         u_BLD = torch.cat(inputs[:few])
-        heads_BLHP = torch.cat([c.heads_BLE for c in calls[:few]]).unflatten(-1, (shape.heads, -1))
-        constants, head = _place_heads(
-            mixer, u_BLD, heads_BLHP, self._distance.solve() if self.options.decay == "distance" else None
-        )
+        taught = [c.heads_BLE.unflatten(-1, (count, -1))[..., heads, :] for c in calls[:few]]
+        distance_H = self._distance.solve()[heads] if self.options.decay == "distance" else None
+        constants, head = _place_heads(mixer, u_BLD, torch.cat(taught), distance_H)
         dt_H, D_H = None, head.delta_H
         if isinstance(mixer, Mamba2Mixer):
             open_gate(mixer, inputs)
@@ -174,7 +178,7 @@ class _Layer:
         mixer.D.copy_(D_H)
         set_decay(mixer, head.distance_H, dt_H)
         if isinstance(mixer, Mamba2Mixer):
-            fill_norm(mixer, inputs[:few], [c.heads_BLE for c in calls[:few]])
+            fill_norm(mixer, inputs[:few], [t.flatten(-2) for t in taught])
 
     def _moments(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Moments:
         weight, bias = self.mixer.output().weight, self.mixer.output().bias
@@ -184,7 +188,7 @@ class _Layer:
         return moments
 
     def _features(self, u_BLD: Tensor) -> Tensor:
-        if isinstance(self.mixer, WindowedMixer):
+        if isinstance(self.mixer, AttendingMixer):
             return self.mixer.features(u_BLD, **self.attention_kwargs)
         assert isinstance(self.mixer, ScanMixer)
         return self.mixer.features(u_BLD)

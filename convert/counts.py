@@ -10,7 +10,7 @@ from torch import nn
 
 from .families import FamilySpec
 from .families.spec import first_of
-from .mixers import MIXERS, MixerShape, State
+from .mixers import MIXERS, MixerShape, RestMixer, State
 
 # how configs call the experts of a layer
 EXPERTS = ("num_local_experts", "num_experts")
@@ -58,6 +58,9 @@ def mixer_parameters(kind: str, shape: MixerShape, attention: int) -> int:
     with torch.device("meta"):
         if shape.window:
             return attention + (parameters(State(shape)) if shape.state else 0)
+        if shape.kept:
+            beside = shape.beside()
+            return attention + (parameters(RestMixer(beside, 0)) if beside.heads else 0)
         return parameters(MIXERS[kind](shape, 0))
 
 

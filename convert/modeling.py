@@ -154,7 +154,12 @@ class SsmorphForCausalLM(PreTrainedModel, GenerationMixin):
 
     def mixers(self) -> dict[int, Mixer]:
         """The converted layers' mixers by layer index."""
-        return {m.layer_idx: m for m in self.modules() if isinstance(m, Mixer)}
+        found: dict[int, Mixer] = {}
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                # a mixer inside another comes after it
+                found.setdefault(module.layer_idx, module)
+        return found
 
 
 def hybrid_class(config: SsmorphConfig) -> type[SsmorphForCausalLM]:

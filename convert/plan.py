@@ -42,11 +42,19 @@ def kv_bytes_per_token(attention: AttentionShape, itemsize: int) -> int:
     return 2 * attention.kv_heads * attention.head_dim * itemsize
 
 
+def kept_bytes_per_token(shape: MixerShape, itemsize: int) -> int:
+    """Bytes one token adds to the cache of a mixer: keys and values of the heads that kept heads read."""
+    return 2 * len(shape.kept_groups()) * shape.head_dim * itemsize
+
+
 def cache_bytes(shape: MixerShape, itemsize: int) -> int:
     """Bytes of one mixer's cache: the state in float32, the convolution's last inputs in the model's dtype.
 
-    With a window: its keys and values, and the state of values and mass for each key/value head.
+    With a window: its keys and values, and the state of values and mass for each key/value head. With kept heads: that
+    of the Mamba-2 heads beside them; their keys and values grow with the text.
     """
+    if shape.kept:
+        return cache_bytes(shape.beside(), itemsize)
     if shape.window:
         held = 2 * shape.window * shape.groups * shape.head_dim * itemsize
         return held + shape.groups * (shape.head_dim + 1) * shape.state * 4
