@@ -161,9 +161,10 @@ class _Layer:
             fit_state(mixer, inputs, [c.heads_BLE for c in calls], self.attention_kwargs)
             return
         if isinstance(mixer, HeadsMixer):
-            if mixer.scan is None:
+            heads, scan = list(mixer.rest), mixer.scan
+            if scan is None:
                 return
-            mixer, heads = mixer.scan, list(mixer.rest)
+            mixer = scan
         assert isinstance(mixer, ScanMixer)
         few = max(1, HEAD_TOKENS // inputs[0][..., 0].numel())
         u_BLD = torch.cat(inputs[:few])

@@ -70,7 +70,7 @@ class MixerChoice:
     def at(self, layer: int) -> MixerChoice:
         """What this layer becomes: with its own kept heads alone, and mamba2 where it has none."""
         if self.kind != HeadsMixer.kind:
-            return self
+            return replace(self, kept=())
         kept = tuple(sorted({pair for pair in self.kept if pair[0] == layer}))
         return replace(self, kept=kept, kind=self.kind if kept else Mamba2Mixer.kind)
 

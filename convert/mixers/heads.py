@@ -47,7 +47,8 @@ class HeadsMixer(AttendingMixer):
         """A cache as large as it is after `tokens` tokens of one row, for measurements of speed and bytes."""
         shape, layer = self.shape, HeadsCacheLayer()
         if self.scan is not None:
-            layer.store(*self.scan.synthetic_cache(0).tensors(), tokens=0)
+            conv_BKC, state_BHPN = self.scan.synthetic_cache(0).tensors()
+            layer.store(conv_BKC, state_BHPN, 0)
         # as the families' attentions read it themselves
         reach = getattr(self.attention, "sliding_window", getattr(self.attention.config, "sliding_window", None))
         held = tokens if reach is None else min(tokens, reach - 1)
