@@ -28,6 +28,8 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/placement")
 CONVERTED = 22
 CALIBRATION = 8_192
+# the best of benchmarks.quality.study at 10k tokens
+RATE = 4e-4
 HELD_OUT = 8_192
 DISTANCES, PROBES = (64, 256), 64
 
@@ -66,13 +68,13 @@ def perform(run: Run) -> None:
         "threads=1",
     ]
     changes += [f"stages.calibrate.tokens={CALIBRATION}", f"stages.logits.tokens={run.tokens}"]
-    changes += [f"placement.calibration_tokens={CALIBRATION}"]
+    changes += [f"placement.calibration_tokens={CALIBRATION}", f"stages.logits.optim.lr={RATE}"]
     started = time.process_time()
     convert(RECIPE, *changes, run_dir=str(folder), say=lambda text: print(f"  {text}", flush=True))
     minutes = (time.process_time() - started) / 60
     plan = json.loads((folder / "plan.json").read_text())
     result = {
-        **run._asdict(), "converted": plan["layers"], "scores": plan.get("scores"), "calibration_tokens": CALIBRATION,
+        **run._asdict(), "converted": plan["layers"], "scores": plan.get("scores"), "calibration_tokens": CALIBRATION, "rate": RATE,
         **measured(folder), "cpu_minutes": round(minutes, 1),
         "date": datetime.date.today().isoformat(), "machine": platform.processor() or platform.machine(),
     }  # fmt: skip
