@@ -74,7 +74,8 @@ def perform(run: Run) -> None:
     minutes = (time.process_time() - started) / 60
     plan = json.loads((folder / "plan.json").read_text())
     result = {
-        **run._asdict(), "converted": plan["layers"], "scores": plan.get("scores"), "calibration_tokens": CALIBRATION, "rate": RATE,
+        **run._asdict(), "converted": plan["layers"], "scores": plan.get("scores"), "calibration_tokens": CALIBRATION,
+        "rate": RATE,
         **measured(folder), "cpu_minutes": round(minutes, 1),
         "date": datetime.date.today().isoformat(), "machine": platform.processor() or platform.machine(),
     }  # fmt: skip
