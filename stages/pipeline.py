@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ssmorph.convert.families import attention_shape, family_of
-from ssmorph.convert.plan import resolve_layers, strategy_of
+from ssmorph.convert.families import family_of
+from ssmorph.convert.plan import strategy_of
 from ssmorph.convert.surgery import MixerChoice
 from ssmorph.convert.teachers import load_config, load_teacher
 
@@ -48,7 +48,7 @@ from .hidden import run_hidden
 from .logits import run_logits
 from .machine import choose_products, choose_threads, set_products
 from .mixing import run_mixing
-from .placement import control_students, described, placed_layers
+from .placement import control_students, converted_before_scores, described, placed_layers
 from .recipe import difference, dump, load_saved
 from .rundir import RunDir, atomic_folder, atomic_write, disk_errors, remove_folder
 from .suite import suite_named
@@ -71,10 +71,10 @@ def convert(
     names = config.stage_names()
     last = _stage_named(names, until) if until else len(names) - 1
     first = _stage_named(names, start) if start else len(names)
-    shape = attention_shape(
-        load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
-    )
-    resolve_layers(config.student.layers, shape.layers)
+    t = config.teacher
+    teacher_config = load_config(t.source, t.revision, t.trust_remote_code)
+    # a mistake in student.layers shows before anything is written
+    converted_before_scores(config, family_of(teacher_config), teacher_config)
     with RunDir(config.run_dir) as run, stop_signals() as stop:
         _agree(run, config, first)
         if start:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -241,8 +241,8 @@ def _plain_config(config: RunConfig, stages: tuple[Stage, ...]) -> RunConfig:
     )  # fmt: skip
 
 
-def _calibration(placement: PlacementConfig, inputs: str) -> CalibrateStage:
-    return CalibrateStage(tokens=placement.calibration_tokens, inputs="teacher" if inputs == "teacher" else "student")
+def _calibration(placement: PlacementConfig, inputs: Literal["student", "teacher"]) -> CalibrateStage:
+    return CalibrateStage(tokens=placement.calibration_tokens, inputs=inputs)
 
 
 def control_students(

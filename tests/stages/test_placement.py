@@ -143,6 +143,7 @@ def test_a_budget_of_bytes_decides_how_many(tmp_path: Path) -> None:
     assert (len(plan["converted"]), plan["placement"]) == (2, "retrieval")
     with pytest.raises(UserError, match=r"placement\.cache_mib: the smallest cache takes"):
         placed(tmp_path / "other", "retrieval", "placement.context=1024", "placement.cache_mib=0.001")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
