@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ssmorph.convert.plan import SCORED, UNSCORED, strategy_of
+
 from ..errors import fail
 
 RUN_FORMAT = 1
@@ -34,7 +36,12 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Which layers become which mixer; `layers`: a list of indices, `all`, or `uniform-K`: K of them, evenly spread."""
+    """Which layers become which mixer.
+
+    `layers`: a list of indices, `all`, or NAME-K, K being the number of layers that are converted. NAME is uniform,
+    first, last or middle, or one that scores them first: loo, kl, retrieval, smart or gates (docs/method.md). A scoring
+    NAME without K converts as many as `placement.cache_mib` asks for.
+    """
 
     mixer: Literal["mamba2", "discrete_mamba2", "windowed_mamba2", "window"] = "mamba2"
     layers: str | tuple[int, ...] = "uniform-15"
@@ -51,11 +58,10 @@ class StudentConfig:
         _require(self.state >= 1, "student.state", "must be positive", self.state,
                  "Use 64, or mixer: window for none.")  # fmt: skip
         if isinstance(self.layers, str):
-            ok = self.layers == "all" or (self.layers.startswith("uniform-") and self.layers[8:].isdigit())
             _require(
-                ok,
+                self.layers == "all" or strategy_of(self.layers) is not None,
                 "student.layers",
-                "must be a list of layers, 'all' or 'uniform-K'",
+                f"must be a list of layers, 'all' or NAME-K with NAME one of {', '.join(UNSCORED + SCORED)}",
                 repr(self.layers),
                 "Use 'uniform-15'.",
             )
@@ -68,6 +74,32 @@ class StudentConfig:
                 list(self.layers),
                 "List each layer once.",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """What scoring layers may read and train, where `student.layers` asks for scores; else without effect.
+
+    `calibration_tokens` make the mixers (and those of the controls), `score_tokens` measure KL, `train_tokens` train
+    for `kl` (0: not at all) and `gates`; `lr` is of `kl`, `probes` are of `retrieval`. `cache_mib`: MiB of cache in
+    float32 at `context` tokens that the hybrid has to fit into, where `student.layers` has no K.
+    """
+
+    calibration_tokens: int = 8_192
+    score_tokens: int = 4_096
+    train_tokens: int = 8_192
+    lr: float = 4e-4
+    probes: int = 16
+    cache_mib: float | None = None
+    context: int = 4_096
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_tokens", "score_tokens", "lr", "probes", "context"):
+            value = getattr(self, name)
+            _require(value > 0, f"placement.{name}", "must be positive", value, "Use the default.")
+        _require(self.train_tokens >= 0, "placement.train_tokens", "must not be negative", self.train_tokens, "Use 0.")
+        _require(self.cache_mib is None or self.cache_mib > 0, "placement.cache_mib", "must be positive",
+                 self.cache_mib, "Leave it out.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +279,7 @@ class RunConfig:
     teacher: TeacherConfig
     run_dir: str
     student: StudentConfig = field(default_factory=StudentConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stages: tuple[Stage, ...] = field(default_factory=default_stages)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -271,9 +304,22 @@ class RunConfig:
         frobenius = any(isinstance(s, MixingStage) and s.loss == "frobenius" for s in self.stages)
         _require(not (frobenius and self.student.mixer == "mamba2"), "stages.mixing.loss",
                  "frobenius needs a mixer without a norm", "mamba2", "Use cosine.")  # fmt: skip
+        self._check_placement()
         _require(self.threads is None or self.threads > 0, "threads", "must be positive", self.threads, "Leave it out.")
         _require(self.run_format == RUN_FORMAT, "run_format", f"this version writes and reads format {RUN_FORMAT}",
                  self.run_format, "Convert with the version that made the run.")  # fmt: skip
+
+    def _check_placement(self) -> None:
+        strategy, budget = strategy_of(self.student.layers), self.placement.cache_mib
+        by_bytes = strategy is not None and strategy.layers is None
+        _require(not by_bytes or budget is not None, "student.layers", "needs K, or placement.cache_mib instead",
+                 self.student.layers, f"Write {self.student.layers}-15.")  # fmt: skip
+        _require(by_bytes or budget is None, "placement.cache_mib", "decides in place of the K of student.layers",
+                 self.student.layers, "Leave one of them out.")  # fmt: skip
+        spread = by_bytes and strategy is not None and strategy.name == "smart"
+        _require(not spread, "student.layers", "smart needs K", self.student.layers, "Write smart-15, or use loo.")
+        trained = strategy is None or strategy.name != "gates" or self.placement.train_tokens > 0
+        _require(trained, "placement.train_tokens", "gates are trained", 0, "Use 8192.")
 
     def stage_names(self) -> list[str]:
         """Folder names of the stages: index-kind, as the recipe lists them."""

@@ -44,16 +44,19 @@ def evaluate(
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
     earlier: Sequence[tuple[str, Loader]] = (),
+    placements: Sequence[tuple[str, Loader]] = (),
 ) -> dict[str, Any]:
     """Everything report.json holds, as plain lists and numbers.
 
     Args:
         earlier: the name of each stage before the last, and what loads the student that it left.
+        placements: further controls, which show whether the choice of layers was worth it.
     """
     started = time.monotonic()
     layers = sorted(hybrid.mixers())
     rivals = _controls(teacher, hybrid, spec, layers, seed) if controls and layers else []
-    candidates = [Candidate("hybrid", hybrid), *rivals]
+    placed = [Candidate(name, load()) for name, load in placements]
+    candidates = [Candidate("hybrid", hybrid), *rivals, *placed]
     window_tokens = _window(teacher, hybrid) if layers else 0
     report: dict[str, Any] = {
         "converted": layers,

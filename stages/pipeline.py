@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ssmorph.convert.families import attention_shape, family_of
-from ssmorph.convert.plan import resolve_layers
+from ssmorph.convert.families import family_of
+from ssmorph.convert.plan import strategy_of
 from ssmorph.convert.surgery import MixerChoice
 from ssmorph.convert.teachers import load_config, load_teacher
 
@@ -48,6 +48,7 @@ from .hidden import run_hidden
 from .logits import run_logits
 from .machine import choose_products, choose_threads, set_products
 from .mixing import run_mixing
+from .placement import control_students, converted_before_scores, described, placed_layers
 from .recipe import difference, dump, load_saved
 from .rundir import RunDir, atomic_folder, atomic_write, disk_errors, remove_folder
 from .suite import suite_named
@@ -70,21 +71,20 @@ def convert(
     names = config.stage_names()
     last = _stage_named(names, until) if until else len(names) - 1
     first = _stage_named(names, start) if start else len(names)
-    shape = attention_shape(
-        load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
-    )
-    layers = resolve_layers(config.student.layers, shape.layers)
+    t = config.teacher
+    teacher_config = load_config(t.source, t.revision, t.trust_remote_code)
+    # a mistake in student.layers shows before anything is written
+    converted_before_scores(config, family_of(teacher_config), teacher_config)
     with RunDir(config.run_dir) as run, stop_signals() as stop:
         _agree(run, config, first)
         if start:
             _forget(run, first)
         atomic_write(run.path / "config.yaml", dump(config))
         _environment(run, config)
-        run.write_json("plan.json", {"layers": list(layers), "mixer": config.student.mixer})
         log = _logger(run, say)
         ctx = _prepare(config, run, stop, log)
         try:
-            _run_stages(ctx, layers, last)
+            run_stages(ctx, _placed(ctx), last)
             if until is None:
                 _finish(ctx)
         finally:
@@ -165,7 +165,17 @@ def _prepare(config: RunConfig, run: RunDir, stop: Any, log: Callable[[str], Non
                   data=data, stop=stop, say=log, tracker=tracker, tokenizer=tokenizer)  # fmt: skip
 
 
-def _run_stages(ctx: Context, layers: tuple[int, ...], last: int) -> None:
+def _placed(ctx: Context) -> tuple[int, ...]:
+    """The layers to convert, which plan.json tells; after surgery, those that were converted."""
+    done = ctx.run.done(ctx.config.stage_names()[0])
+    layers = placed_layers(ctx, run_stages) if done is None else tuple(done["summary"]["layers"])
+    plan = {"layers": list(layers), "mixer": ctx.config.student.mixer}
+    ctx.run.write_json("plan.json", plan | described(ctx.config, strategy_of(ctx.config.student.layers), ctx.run))
+    return layers
+
+
+def run_stages(ctx: Context, layers: tuple[int, ...], last: int) -> None:
+    """Runs or resumes the stages up to the index `last`; `ctx.student` is what the last of them leaves."""
     source = ""
     rest_trained = False
     trains_rest = any(_trains_rest(stage) for stage in ctx.config.stages)
@@ -226,6 +236,12 @@ def _run_stage(ctx: Context, index: int, stage: Stage, layers: tuple[int, ...], 
     return dataclasses.asdict(run_logits(ctx, index, stage))
 
 
+def placement_controls(ctx: Context) -> list[tuple[str, Callable[[], Any]]]:
+    """What loads the two students that show whether scores were worth it, where the evaluation wants controls."""
+    layers = tuple(sorted(ctx.student.mixers()))
+    return control_students(ctx, layers, run_stages) if ctx.config.evaluate.controls else []
+
+
 def _finish(ctx: Context) -> None:
     """Evaluates and writes final/, the folder that from_pretrained loads."""
     config, run = ctx.config, ctx.run
@@ -244,7 +260,8 @@ def _finish(ctx: Context) -> None:
         suite = suite_named(config.evaluate.suite, config.evaluate.tokens, config.data.window)
         report = evaluate(ctx.teacher, ctx.student, ctx.spec, ctx.data, ctx.tokenizer, suite,
                           controls=config.evaluate.controls, seed=config.seed, say=say,
-                          earlier=earlier_students(run.path, config, ctx.teacher))  # fmt: skip
+                          earlier=earlier_students(run.path, config, ctx.teacher),
+                          placements=placement_controls(ctx))  # fmt: skip
         report = {"stamp": stamp, **report}
         run.write_json("report.json", report)
     ctx.stop.check()

@@ -29,6 +29,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"{len(plan['converted'])} layers converted: {plan['teacher_parameters']:,} parameters become"
         f" {plan['parameters']:,} ({plan['parameters_added']:+,})."
     )
+    if plan["placement"]:
+        console.print(f"Which ones is decided in the run, by scores ({plan['placement']}); the table has as many.")
     console.print(
         f"From {plan['smaller_from_tokens']} tokens of context on, a converted layer's cache is the smaller one."
     )

@@ -13,12 +13,13 @@ import torch
 
 from ssmorph.convert.counts import TeacherCounts, mixer_parameters, teacher_counts
 from ssmorph.convert.families import attention_shape, family_of
-from ssmorph.convert.plan import cache_bytes, kv_bytes_per_token, resolve_layers
+from ssmorph.convert.plan import cache_bytes, kv_bytes_per_token, strategy_of
 from ssmorph.convert.surgery import MixerChoice, shape_of
 from ssmorph.convert.teachers import load_config
 from ssmorph.convert.treatment import treatments
 
 from .config import CalibrateStage, LogitsStage, RunConfig, SurgeryStage, TrainStage
+from .placement import converted_before_scores
 
 FLOAT32 = 4
 
@@ -27,14 +28,16 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
     """Layer table, parameters, bytes of cache, crossover length, what is kept and lost, cost; plain values.
 
     `cache_tokens` is where a layer's cache stops growing, its sliding window; None for never. `never_smaller` are the
-    converted layers whose attention had a window so short that its cache stays below the mixer's.
+    converted layers whose attention had a window so short that its cache stays below the mixer's. `placement` is a
+    strategy that scores layers, whose choice only the run can tell: the table then has as many, spread evenly, or with
+    a budget of bytes as if all scores were equal.
 
     Raises:
         ValueError: an unsupported family, head counts that do not divide, a layer out of range.
     """
     teacher = load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
     spec, attention = family_of(teacher), attention_shape(teacher)
-    layers = resolve_layers(config.student.layers, attention.layers)
+    layers, strategy = converted_before_scores(config, spec, teacher), strategy_of(config.student.layers)
     student = config.student
     choice = MixerChoice(kind=student.mixer, conv_kernel=student.conv_kernel, window=student.window,
                          sinks=student.sinks, state=student.state)  # fmt: skip
@@ -57,6 +60,7 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
         "family": teacher.model_type,
         "layers": table,
         "converted": list(layers),
+        "placement": config.student.layers if strategy is not None and strategy.scored else None,
         "teacher_parameters": counts.total,
         "parameters": counts.total + added,
         "parameters_added": added,

@@ -1,0 +1,117 @@
+"""Gates under a budget: every layer has its attention and its mixer, and learns how much of the attention to keep.
+
+A layer's output is g attention(x) + (1 - g) mixer(x), 0 < g < 1. The gates alone are trained, on KL plus
+PULL (sum of g - kept)^2. They start on the budget, so what a gate gains others have to give.
+
+B batch, L length, D model width, T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmorph.convert.families import FamilySpec
+
+from .config import LogitsStage
+from .context import Context
+from .logits import divergence
+
+# nats that the gates' sum costs where it is one layer off
+PULL = 1.0
+# root mean square, over the layers, of the first step's change of the logits; it falls to 0
+RATE = 0.5
+MOMENTUM = 0.9
+# the order of batches is drawn from the stage's number: one behind calibration, which is 1
+STREAM = 2
+
+
+@dataclass
+class GateState:
+    """All that training is after a step: logits of the gates, and the running mean of their gradient."""
+
+    step: int
+    logits: list[float]
+    mean: list[float]
+
+
+def train_gates(
+    ctx: Context, student: Any, kept: int, state: GateState | None, save: Callable[[GateState], None]
+) -> list[float]:
+    """The gates of all layers after `placement.train_tokens` tokens, the larger the more its attention is missed.
+
+    Args:
+        student: every layer converted and calibrated; not changed.
+        kept: layers that may keep their attention.
+        state: where an earlier process stopped; `save` is called after every step.
+
+    Raises:
+        Interrupted: a signal came; the last step is saved.
+    """
+    total = len(ctx.spec.decoder_layers(ctx.teacher))
+    steps = math.ceil(ctx.config.placement.train_tokens / ctx.config.data.window)
+    # half a layer inside, where there is nothing to choose
+    share = min(max(kept, 0.5), total - 0.5) / total
+    state = state or GateState(0, [math.log(share / (1 - share))] * total, [0.0] * total)
+    own = dataclasses.replace(ctx, student=student)
+    while state.step < steps:
+        logits = torch.tensor(state.logits, requires_grad=True)
+        loss = _loss(own, logits, kept, state.step)
+        (slope,) = torch.autograd.grad(loss, logits)
+        mean = MOMENTUM * torch.tensor(state.mean) + (1 - MOMENTUM) * slope
+        # one scale for all layers, so that the differences between their gradients decide
+        move = RATE * (1 - state.step / steps) * mean / mean.square().mean().sqrt().clamp_min(1e-12)
+        state = GateState(state.step + 1, (logits.detach() - move).tolist(), mean.tolist())
+        save(state)
+        opened = float(torch.tensor(state.logits).sigmoid().sum())
+        ctx.say(f"placement gates: step {state.step}/{steps} loss {loss.item():.4f}, open {opened:.1f} of {kept}")
+        ctx.stop.check()
+    return torch.tensor(state.logits).sigmoid().tolist()
+
+
+def _loss(ctx: Context, logits: Tensor, kept: int, step: int) -> Tensor:
+    batch = ctx.batch(STREAM, step, 1)
+    gates = logits.sigmoid()
+    with torch.no_grad():
+        taught_TD = ctx.teacher.base_model(batch.tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    with blended(ctx.student, ctx.teacher, ctx.spec, gates.to(ctx.device())):
+        own_TD = ctx.student.base_model(batch.tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    labels_T, mask_T = batch.tokens_BL[:, 1:].flatten(), batch.loss_mask_BL[:, 1:].flatten()
+    return divergence(ctx, LogitsStage(), own_TD, taught_TD, labels_T, mask_T).cpu() + PULL * (gates.sum() - kept) ** 2
+
+
+class Blend(nn.Module):
+    """Called as a self-attention is, and answers as this layer's does."""
+
+    def __init__(self, attention: nn.Module, mixer: nn.Module, gate: Tensor) -> None:
+        super().__init__()
+        self.attention, self.mixer, self.gate = attention, mixer, gate
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """g attention + (1 - g) mixer, [B, L, D]."""
+        kept, own_BLD = self.attention(*args, **kwargs), self.mixer(*args, **kwargs)[0]
+        rest = kept[1:] if isinstance(kept, tuple) else None
+        kept_BLD = kept[0] if isinstance(kept, tuple) else kept
+        mixed_BLD = own_BLD + self.gate * (kept_BLD - own_BLD)
+        return mixed_BLD if rest is None else (mixed_BLD, *rest)
+
+
+@contextlib.contextmanager
+def blended(hybrid: Any, teacher: Any, spec: FamilySpec, gates: Tensor) -> Iterator[None]:
+    """While open, converted layer i is gates[i] of the teacher's attention and 1 - gates[i] of its mixer."""
+    own, (path, _, name) = spec.decoder_layers(hybrid), spec.mixer.rpartition(".")
+    mixers = hybrid.mixers()
+    try:
+        for i, mixer in mixers.items():
+            setattr(own[i].get_submodule(path), name, Blend(spec.attention(teacher, i), mixer, gates[i]))
+        yield
+    finally:
+        for i, mixer in mixers.items():
+            setattr(own[i].get_submodule(path), name, mixer)
