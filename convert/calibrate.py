@@ -20,7 +20,7 @@ from .capture import MixerCall, attention_rows, captured, first_hidden, layer_kw
 from .families import FamilySpec
 from .headfit import HeadFit, balanced_basis, fit_heads
 from .linearise import fill_norm, open_gate, shrink_taps
-from .mixers import AttendingMixer, HeadsMixer, Mixer, ScanMixer, WindowedMixer
+from .mixers import AttendingMixer, Mixer, ScanMixer, WindowedMixer, scan_of
 from .mixers.mamba2 import Mamba2Mixer
 from .moments import Moments
 from .start import conv_bias, conv_rows, set_decay
@@ -155,21 +155,16 @@ class _Layer:
 
     def _fit_heads(self, calls: list[MixerCall], inputs: list[Tensor]) -> None:
         """Writes the head fit into the mixer: rows of B and C, their constant channel, D and the decay."""
-        mixer, count = self.mixer, self.mixer.shape.heads
-        heads = list(range(count))
-        if isinstance(mixer, WindowedMixer):
-            fit_state(mixer, inputs, [c.heads_BLE for c in calls], self.attention_kwargs)
+        count, scan = self.mixer.shape.heads, scan_of(self.mixer)
+        if isinstance(self.mixer, WindowedMixer):
+            fit_state(self.mixer, inputs, [c.heads_BLE for c in calls], self.attention_kwargs)
+        if scan is None:
             return
-        if isinstance(mixer, HeadsMixer):
-            heads, scan = list(mixer.rest), mixer.scan
-            if scan is None:
-                return
-            mixer = scan
-        assert isinstance(mixer, ScanMixer)
+        mixer, heads = scan
         few = max(1, HEAD_TOKENS // inputs[0][..., 0].numel())
         u_BLD = torch.cat(inputs[:few])
-        taught = [c.heads_BLE.unflatten(-1, (count, -1))[..., heads, :] for c in calls[:few]]
-        distance_H = self._distance.solve()[heads] if self.options.decay == "distance" else None
+        taught = [c.heads_BLE.unflatten(-1, (count, -1))[..., list(heads), :] for c in calls[:few]]
+        distance_H = self._distance.solve()[list(heads)] if self.options.decay == "distance" else None
         constants, head = _place_heads(mixer, u_BLD, torch.cat(taught), distance_H)
         dt_H, D_H = None, head.delta_H
         if isinstance(mixer, Mamba2Mixer):

@@ -128,6 +128,58 @@ def attention_bytes(
     return tuple(per_token * min(context, window or context) for window in windows)
 
 
+# (layer, query head)
+Head = tuple[int, int]
+
+
+def retrieval_count(heads: str | tuple[str, ...]) -> int | None:
+    """N of a recipe's `student.heads: retrieval-N`; None for a list, and for what is neither."""
+    name, dash, count = heads.partition("-") if isinstance(heads, str) else ("", "", "")
+    return int(count) if dash and name == "retrieval" and count.isdecimal() else None
+
+
+def listed_heads(heads: Sequence[str], layers: Sequence[int], each: int) -> tuple[Head, ...]:
+    """The heads of a list of 'LAYER.HEAD', in order.
+
+    Args:
+        layers: those that are converted.
+        each: query heads of a layer.
+
+    Raises:
+        ValueError: a head of a layer that keeps its attention anyway, or that is not there.
+    """
+    pairs = []
+    for name in heads:
+        layer, head = map(int, name.split("."))
+        if layer not in layers:
+            rule = f"a kept head is in a converted layer, of {', '.join(map(str, layers)) or 'which there are none'}"
+            raise fail("student.heads", rule, repr(name), "Leave it out, or convert its layer.")
+        if head >= each:
+            raise fail("student.heads", f"a head must be in 0..{each - 1}", repr(name), f"A layer has {each} heads.")
+        pairs.append((layer, head))
+    return tuple(sorted(pairs))
+
+
+def foremost_heads(importance: Sequence[Sequence[float]], layers: Sequence[int], count: int) -> tuple[Head, ...]:
+    """The `count` heads of highest importance among those of `layers`; of equal ones the earlier."""
+    pairs = [(layer, head) for layer in sorted(layers) for head in range(len(importance[layer]))]
+    return tuple(sorted(sorted(pairs, key=lambda pair: -importance[pair[0]][pair[1]])[:count]))
+
+
+def spread_heads(count: int, layers: Sequence[int], attention: AttentionShape) -> tuple[Head, ...]:
+    """`count` heads spread evenly over `layers`, and in a layer over its key/value heads.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if count > len(layers) * attention.heads:
+        rule = f"{len(layers)} converted layers have {len(layers) * attention.heads} heads"
+        raise fail("student.heads", rule, f"retrieval-{count}", "Take fewer.")
+    repeat = attention.heads // attention.kv_heads
+    order = sorted(range(attention.heads), key=lambda head: (head % repeat, head))
+    return tuple(sorted((layers[i % len(layers)], order[i // len(layers)]) for i in range(count)))
+
+
 def kv_bytes_per_token(attention: AttentionShape, itemsize: int) -> int:
     """Bytes one token adds to the cache of one attention layer."""
     return 2 * attention.kv_heads * attention.head_dim * itemsize

@@ -117,14 +117,18 @@ def start_mixer(teacher: Any, spec: FamilySpec, layer: int, choice: MixerChoice)
     if not spec.attention_function:
         raise fail("student.mixer", "kept attention needs a family with registered attention functions",
                    f"{choice.kind} for {teacher.config.model_type}", "Use mamba2.")  # fmt: skip
+    whole = None
+    if choice.kept:
+        # before the mixer is made, so that the same seed draws the same gates as for mamba2
+        whole = copy_attention(teacher, spec, layer, Mamba2Mixer.kind, choice.conv_kernel, choice.init)
     attention = copy.deepcopy(spec.attention(teacher, layer)).requires_grad_(True)
     mixer = make_mixer(choice.kind, shape_of(spec.shape(teacher.config), choice), layer, attention, spec.out)
     weight = linear(attention, spec.out).weight
+    mixer = mixer.to(device=weight.device, dtype=weight.dtype)
     if isinstance(mixer, HeadsMixer) and mixer.scan is not None:
-        whole = copy_attention(teacher, spec, layer, Mamba2Mixer.kind, choice.conv_kernel, choice.init)
         assert isinstance(whole, Mamba2Mixer)
         _copy_heads(mixer.scan, whole, mixer.rest)
-    return mixer.to(device=weight.device, dtype=weight.dtype)
+    return mixer
 
 
 @torch.no_grad()

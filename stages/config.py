@@ -7,15 +7,17 @@ Standard library only, so that a mistake in a recipe is answered before torch is
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ssmorph.convert.plan import SCORED, UNSCORED, strategy_of
+from ssmorph.convert.plan import SCORED, UNSCORED, retrieval_count, strategy_of
 
 from ..errors import fail
 
 RUN_FORMAT = 1
 WINDOWED = ("windowed_mamba2", "window")
+HEADS = "mamba2_heads"
 # windows in a batch of the calibration stage
 CALIBRATION_BATCH = 2
 
@@ -40,18 +42,22 @@ class StudentConfig:
 
     `layers`: a list of indices, `all`, or NAME-K, K being the number of layers that are converted. NAME is uniform,
     first, last or middle, or one that scores them first: loo, kl, retrieval, smart or gates (docs/method.md). A scoring
-    NAME without K converts as many as `placement.cache_mib` asks for.
+    NAME without K converts as many as `placement.cache_mib` asks for. `heads`, of mamba2_heads: which query heads of
+    converted layers stay attention, a list of 'LAYER.HEAD', or `retrieval-N`: the N that matter most to fetching a
+    value by its key.
     """
 
-    mixer: Literal["mamba2", "discrete_mamba2", "windowed_mamba2", "window"] = "mamba2"
+    mixer: Literal["mamba2", "discrete_mamba2", "windowed_mamba2", "window", "mamba2_heads"] = "mamba2"
     layers: str | tuple[int, ...] = "uniform-15"
     conv_kernel: int = 4
     # of mixers with a window: tokens it holds, its sinks included; prototypes of the state behind it
     window: int = 64
     sinks: int = 4
     state: int = 64
+    heads: str | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_heads()
         _require(2 <= self.conv_kernel <= 4, "student.conv_kernel", "must be 2, 3 or 4", self.conv_kernel, "Use 4.")
         _require(self.sinks >= 0, "student.sinks", "must not be negative", self.sinks, "Use 4.")
         _require(self.window > self.sinks, "student.window", "must hold more than its sinks", self.window, "Use 64.")
@@ -74,6 +80,19 @@ class StudentConfig:
                 list(self.layers),
                 "List each layer once.",
             )
+
+    def _check_heads(self) -> None:
+        if isinstance(self.heads, str):
+            ok = retrieval_count(self.heads) is not None
+        else:
+            ok = all(re.fullmatch(r"\d+\.\d+", head) for head in self.heads) and len({*self.heads}) == len(self.heads)
+        got = repr(self.heads) if isinstance(self.heads, str) else list(self.heads)
+        _require(ok, "student.heads", "must be a list of distinct 'LAYER.HEAD', or 'retrieval-N'", got,
+                 "Use 'retrieval-20'.")  # fmt: skip
+        _require(not self.heads or self.mixer == HEADS, "student.heads", f"needs mixer {HEADS}", self.mixer,
+                 f"Use {HEADS}, or leave heads out.")  # fmt: skip
+        _require(bool(self.heads) or self.mixer != HEADS, "student.heads", f"{HEADS} needs heads to keep", got,
+                 "Use 'retrieval-20', or mixer: mamba2.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,9 +320,12 @@ class RunConfig:
                      getattr(self.stages[0], "init", None), "Use copy.")  # fmt: skip
             _require("mixing" not in kinds, "stages", "a window with a state behind it has no mixing matrix",
                      self.student.mixer, "Use calibrate, hidden and logits.")  # fmt: skip
+        if self.student.mixer == HEADS:
+            _require(copies, "stages.surgery.init", "kept heads are the attention's own copy",
+                     getattr(self.stages[0], "init", None), "Use copy.")  # fmt: skip
         frobenius = any(isinstance(s, MixingStage) and s.loss == "frobenius" for s in self.stages)
-        _require(not (frobenius and self.student.mixer == "mamba2"), "stages.mixing.loss",
-                 "frobenius needs a mixer without a norm", "mamba2", "Use cosine.")  # fmt: skip
+        _require(not (frobenius and self.student.mixer in ("mamba2", HEADS)), "stages.mixing.loss",
+                 "frobenius needs a mixer without a norm", self.student.mixer, "Use cosine.")  # fmt: skip
         self._check_placement()
         _require(self.threads is None or self.threads > 0, "threads", "must be positive", self.threads, "Leave it out.")
         _require(self.run_format == RUN_FORMAT, "run_format", f"this version writes and reads format {RUN_FORMAT}",
@@ -318,6 +340,10 @@ class RunConfig:
                  self.student.layers, "Leave one of them out.")  # fmt: skip
         spread = by_bytes and strategy is not None and strategy.name == "smart"
         _require(not spread, "student.layers", "smart needs K", self.student.layers, "Write smart-15, or use loo.")
+        listed = isinstance(self.student.heads, tuple) and len(self.student.heads) > 0
+        scored = strategy is not None and strategy.scored
+        _require(not (listed and scored), "student.heads", "a list needs layers that are known before scores",
+                 self.student.layers, "Use 'retrieval-N', or list the layers.")  # fmt: skip
         trained = strategy is None or strategy.name != "gates" or self.placement.train_tokens > 0
         _require(trained, "placement.train_tokens", "gates are trained", 0, "Use 8192.")
 

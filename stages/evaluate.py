@@ -145,8 +145,9 @@ def heldout_sets(data: PackedData, length: int, suite: Suite) -> list[tuple[str,
 
 
 def _window(teacher: Any, hybrid: Any) -> int:
-    mixer = next(iter(hybrid.mixers().values()))
-    return equal_window(mixer.shape, attention_shape(teacher.config), teacher.dtype)
+    """Of the largest state; keys and values of kept heads, which grow with the text, are not counted."""
+    attention = attention_shape(teacher.config)
+    return max(equal_window(mixer.shape, attention, teacher.dtype) for mixer in hybrid.mixers().values())
 
 
 def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, layers: list[int], seed: int) -> list[Candidate]:

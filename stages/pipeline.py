@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ssmorph.convert.families import family_of
-from ssmorph.convert.plan import strategy_of
+from ssmorph.convert.plan import Head, strategy_of
 from ssmorph.convert.surgery import MixerChoice
 from ssmorph.convert.teachers import load_config, load_teacher
 
@@ -45,6 +45,7 @@ from .data import open_or_pack
 from .evaluate import evaluate
 from .health import inspect_final
 from .hidden import run_hidden
+from .kept_heads import heads_before_probe, kept_heads
 from .logits import run_logits
 from .machine import choose_products, choose_threads, set_products
 from .mixing import run_mixing
@@ -73,8 +74,9 @@ def convert(
     first = _stage_named(names, start) if start else len(names)
     t = config.teacher
     teacher_config = load_config(t.source, t.revision, t.trust_remote_code)
-    # a mistake in student.layers shows before anything is written
-    converted_before_scores(config, family_of(teacher_config), teacher_config)
+    # a mistake in student.layers or student.heads shows before anything is written
+    spec = family_of(teacher_config)
+    heads_before_probe(config, converted_before_scores(config, spec, teacher_config), spec.shape(teacher_config))
     with RunDir(config.run_dir) as run, stop_signals() as stop:
         _agree(run, config, first)
         if start:
@@ -169,7 +171,9 @@ def _placed(ctx: Context) -> tuple[int, ...]:
     """The layers to convert, which plan.json tells; after surgery, those that were converted."""
     done = ctx.run.done(ctx.config.stage_names()[0])
     layers = placed_layers(ctx, run_stages) if done is None else tuple(done["summary"]["layers"])
-    plan = {"layers": list(layers), "mixer": ctx.config.student.mixer}
+    plan: dict[str, Any] = {"layers": list(layers), "mixer": ctx.config.student.mixer}
+    heads = kept_heads(ctx, layers) if done is None else done["summary"].get("heads", [])
+    plan |= {"heads": [list(head) for head in heads]} if heads else {}
     ctx.run.write_json("plan.json", plan | described(ctx.config, strategy_of(ctx.config.student.layers), ctx.run))
     return layers
 
@@ -213,19 +217,18 @@ def _trains_rest(stage: Stage) -> bool:
     return isinstance(stage, TrainStage) and stage.optim.rest_lr > 0
 
 
-def mixer_choice(student: StudentConfig, init: str) -> MixerChoice:
+def mixer_choice(student: StudentConfig, init: str, kept: tuple[Head, ...] = ()) -> MixerChoice:
     """The recipe's student as surgery takes it."""
     return MixerChoice(kind=student.mixer, conv_kernel=student.conv_kernel, init=init, window=student.window,
-                       sinks=student.sinks, state=student.state)  # fmt: skip
+                       sinks=student.sinks, state=student.state, kept=kept)  # fmt: skip
 
 
 def _run_stage(ctx: Context, index: int, stage: Stage, layers: tuple[int, ...], own_rest: bool) -> dict[str, Any]:
     if isinstance(stage, SurgeryStage):
-        c = ctx.config
-        ctx.student = copied_student(
-            ctx.teacher, ctx.spec, layers, mixer_choice(c.student, stage.init), c.seed, own_rest
-        )
-        return {"layers": list(layers)}
+        c, kept = ctx.config, kept_heads(ctx, layers)
+        choice = mixer_choice(c.student, stage.init, kept)
+        ctx.student = copied_student(ctx.teacher, ctx.spec, layers, choice, c.seed, own_rest)
+        return {"layers": list(layers), **({"heads": [list(head) for head in kept]} if kept else {})}
     if isinstance(stage, CalibrateStage):
         return {"fits": [dataclasses.asdict(fit) for fit in run_calibrate(ctx, index, stage)]}
     if isinstance(stage, MixingStage):

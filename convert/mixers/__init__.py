@@ -17,7 +17,14 @@ from .windowed import State, WindowedMixer, WindowMixer
 MIXERS: dict[str, Any] = {m.kind: m for m in (Mamba2Mixer, DiscreteMamba2Mixer, WindowedMixer, WindowMixer, HeadsMixer)}
 
 __all__ = ["MIXERS", "AttendingMixer", "HeadsMixer", "Mixer", "MixerShape", "RestMixer", "ScanInputs", "ScanMixer",
-           "State", "WindowedMixer", "make_mixer"]  # fmt: skip
+           "State", "WindowedMixer", "make_mixer", "scan_of"]  # fmt: skip
+
+
+def scan_of(mixer: Mixer) -> tuple[ScanMixer, tuple[int, ...]] | None:
+    """The Mamba-2 of a mixer, and the teacher's query heads it stands for; None where it has none of that kind."""
+    if isinstance(mixer, HeadsMixer):
+        return None if mixer.scan is None else (mixer.scan, mixer.rest)
+    return (mixer, tuple(range(mixer.shape.heads))) if isinstance(mixer, ScanMixer) else None
 
 
 def make_mixer(kind: str, shape: MixerShape, layer: int, attention: nn.Module, out: str) -> Mixer:
