@@ -100,8 +100,9 @@ class PlacementConfig:
     """What scoring layers may read and train, where `student.layers` asks for scores; else without effect.
 
     `calibration_tokens` make the mixers (and those of the controls), `score_tokens` measure KL, `train_tokens` train
-    for `kl` (0: not at all) and `gates`; `lr` is of `kl`, `probes` are of `retrieval`. `cache_mib`: MiB of cache in
-    float32 at `context` tokens that the hybrid has to fit into, where `student.layers` has no K.
+    for `kl` (0: not at all) and `gates`; `lr` is of `kl`, `probes` are of `retrieval`, for `student.heads` too.
+    `cache_mib`: MiB of cache in float32 at `context` tokens that the hybrid has to fit into, where `student.layers` has
+    no K.
     """
 
     calibration_tokens: int = 8_192

@@ -47,13 +47,13 @@ def heads_before_probe(config: RunConfig, layers: tuple[int, ...], attention: At
 
 def _importance(ctx: Context) -> Tensor:
     """How much each head matters to retrieval, [layers, heads]."""
-    teacher, seed = ctx.config.teacher, ctx.config.seed
-    stamp: dict[str, Any] = {"source": teacher.source, "revision": teacher.revision, "seed": seed}
+    teacher, seed, probes = ctx.config.teacher, ctx.config.seed, ctx.config.placement.probes
+    stamp: dict[str, Any] = {"source": teacher.source, "revision": teacher.revision, "seed": seed, "probes": probes}
     found = ctx.run.read_json(FILE)
     if found is None or found["stamp"] != stamp:
         ctx.say("heads: one backward pass over a key-value probe")
         ctx.run.stage_dir("placement")
-        importance = head_importance(ctx.teacher, ctx.spec, ctx.tokenizer, seed=seed)
+        importance = head_importance(ctx.teacher, ctx.spec, ctx.tokenizer, seed=seed, probes=probes)
         found = {"stamp": stamp, "importance": importance.tolist()}
         ctx.run.write_json(FILE, found)
     return torch.tensor(found["importance"])
