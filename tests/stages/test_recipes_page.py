@@ -6,8 +6,10 @@ import itertools
 import re
 from pathlib import Path
 
+import pytest
+
 from ssmorph.convert.plan import SCORED, UNSCORED, resolve_layers
-from ssmorph.stages.config import PlacementConfig, as_dict
+from ssmorph.stages.config import PlacementConfig, StudentConfig, as_dict
 from ssmorph.stages.recipe import load_recipe
 from tests.stages.test_shipped_recipes import CONFIGS, MODELS, RECIPES, model_of
 
@@ -45,14 +47,15 @@ def test_numbers_are_where_a_row_says() -> None:
     assert len({place for place in places.values() if "](" in place}) >= 2
 
 
-def test_the_keys_of_placement_and_their_defaults_are_listed() -> None:
+@pytest.mark.parametrize(("section", "config"), [("placement", PlacementConfig()), ("student", StudentConfig())])
+def test_the_keys_of_a_section_and_their_defaults_are_listed(section: str, config: object) -> None:
     lines = PAGE.read_text(encoding="utf-8").splitlines()
-    start = lines.index("| `placement.` | default | is |") + 2
+    start = lines.index(f"| `{section}.` | default | is |") + 2
     table = [line.split(" | ")[:2] for line in itertools.takewhile(lambda text: text.startswith("| "), lines[start:])]
     listed = {}
     for names, values in table:
         listed |= dict(zip(re.findall(r"`(\w+)`", names), values.split(", "), strict=True))
-    defaults = {name: "none" if value is None else value for name, value in as_dict(PlacementConfig()).items()}
+    defaults = {name: "none" if value in (None, []) else value for name, value in as_dict(config).items()}
     assert listed.keys() == defaults.keys()
     assert all(str(value) == listed[name] or float(listed[name]) == value for name, value in defaults.items())
 
