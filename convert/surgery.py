@@ -122,7 +122,8 @@ def start_mixer(teacher: Any, spec: FamilySpec, layer: int, choice: MixerChoice)
         # before the mixer is made, so that the same seed draws the same gates as for mamba2
         whole = copy_attention(teacher, spec, layer, Mamba2Mixer.kind, choice.conv_kernel, choice.init)
     attention = copy.deepcopy(spec.attention(teacher, layer)).requires_grad_(True)
-    mixer = make_mixer(choice.kind, shape_of(spec.shape(teacher.config), choice), layer, attention, spec.out)
+    shape = shape_of(spec.shape(teacher.config), choice)
+    mixer = make_mixer(choice.kind, shape, layer, attention, spec.out, spec.head_rows())
     weight = linear(attention, spec.out).weight
     mixer = mixer.to(device=weight.device, dtype=weight.dtype)
     if isinstance(mixer, HeadsMixer) and mixer.scan is not None:

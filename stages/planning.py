@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ssmorph.convert.counts import TeacherCounts, mixer_parameters, teacher_counts
+from ssmorph.convert.counts import TeacherCounts, head_parameters, mixer_parameters, teacher_counts
 from ssmorph.convert.families import attention_shape, family_of
 from ssmorph.convert.mixers import MixerShape
 from ssmorph.convert.plan import cache_bytes, kept_bytes_per_token, kv_bytes_per_token, retrieval_count, strategy_of
@@ -48,7 +48,8 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
     shapes = [shape_of(attention, own) for own in choices]
     counts = teacher_counts(teacher, spec, config.teacher.trust_remote_code)
     parts = zip(choices, shapes, counts.attention, strict=True)
-    made = [mixer_parameters(own.kind, shape, kept) for own, shape, kept in parts]
+    head = head_parameters(spec, teacher)
+    made = [mixer_parameters(own.kind, shape, kept, head) for own, shape, kept in parts]
     per_token = kv_bytes_per_token(attention, FLOAT32)
     init = config.stages[0].init if isinstance(config.stages[0], SurgeryStage) else "copy"
     table = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -27,12 +28,15 @@ def scan_of(mixer: Mixer) -> tuple[ScanMixer, tuple[int, ...]] | None:
     return (mixer, tuple(range(mixer.shape.heads))) if isinstance(mixer, ScanMixer) else None
 
 
-def make_mixer(kind: str, shape: MixerShape, layer: int, attention: nn.Module, out: str) -> Mixer:
+def make_mixer(
+    kind: str, shape: MixerShape, layer: int, attention: nn.Module, out: str, rows: Sequence[str] = ()
+) -> Mixer:
     """A new mixer of the class registered as `kind`.
 
     Args:
         attention: the layer's own attention, which a mixer that keeps attention takes in; the others do without.
         out: the name of its output projection.
+        rows: names of its query, key and value projections, where these may have rows of some heads only.
 
     Raises:
         ValueError: no mixer has that name.
@@ -40,6 +44,11 @@ def make_mixer(kind: str, shape: MixerShape, layer: int, attention: nn.Module, o
     if kind not in MIXERS:
         raise fail("student.mixer", "must be a registered mixer", repr(kind), nearest(kind, MIXERS))
     made = MIXERS[kind]
-    mixer = made(shape, layer, attention, out) if issubclass(made, AttendingMixer) else made(shape, layer)
+    if issubclass(made, HeadsMixer):
+        mixer = made(shape, layer, attention, out, rows)
+    elif issubclass(made, AttendingMixer):
+        mixer = made(shape, layer, attention, out)
+    else:
+        mixer = made(shape, layer)
     assert isinstance(mixer, Mixer)
     return mixer

@@ -2,14 +2,16 @@
 
 Retrieval needs few heads, and those few need every key [retrieval-aware distillation, 2602.11374]. A kept head answers
 by softmax over all that it saw before; a stock Mamba-2 of groups = heads answers in the places of the others, and the
-attention's own output projection ends both. Only key/value heads that a kept head reads are cached. With every head
-kept the layer is the teacher's attention.
+attention's own output projection ends both. Only key/value heads that a kept head reads are cached, and where the
+family's attention works without the others, only they are projected. With every head kept the layer is the teacher's
+attention.
 
 B batch, L length, H query heads, K kept ones, R the rest, G key/value heads, P head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,17 +33,32 @@ class RestMixer(Mamba2Mixer):
         del self.out_proj
 
 
+def trim(projection: nn.Module, heads: Sequence[int], width: int) -> None:
+    """Leaves a projection the rows of `heads`, in place."""
+    assert isinstance(projection, nn.Linear)
+    for name, tensor in list(projection.named_parameters()):
+        rows = pick(tensor.detach().unflatten(0, (-1, width)), heads, 0).flatten(0, 1)
+        setattr(projection, name, nn.Parameter(rows, requires_grad=tensor.requires_grad))
+    projection.out_features = len(heads) * width
+
+
 class HeadsMixer(AttendingMixer):
     """`mamba2_heads`: the heads `shape.kept`, and Mamba-2 for the rest."""
 
     kind = "mamba2_heads"
     cache_kind = HeadsCacheLayer
 
-    def __init__(self, shape: MixerShape, layer_idx: int, attention: nn.Module, out: str) -> None:
+    def __init__(
+        self, shape: MixerShape, layer_idx: int, attention: nn.Module, out: str, rows: Sequence[str] = ()
+    ) -> None:
         super().__init__(shape, layer_idx, attention, out)
         assert shape.kept, "without a kept head a layer is plain mamba2"
         self.rest = tuple(h for h in range(shape.heads) if h not in shape.kept)
         self.scan = RestMixer(shape.beside(), layer_idx) if self.rest else None
+        self.trimmed = bool(rows)
+        if self.trimmed:
+            for name, heads in zip(rows, (shape.kept, shape.kept_groups(), shape.kept_groups()), strict=True):
+                trim(attention.get_submodule(name), heads, shape.head_dim)
 
     def synthetic_cache(self, tokens: int) -> HeadsCacheLayer:
         """A cache as large as it is after `tokens` tokens of one row, for measurements of speed and bytes."""
@@ -77,13 +94,16 @@ class HeadsMixer(AttendingMixer):
     def _kept(self, q_BHLP: Tensor, new: Keys, segment_BL: Tensor | None, scores: Scores, cache: Any) -> Tensor:
         """What the kept heads attend to, [B, K, L, P]; the cache keeps what they read."""
         shape, groups = self.shape, self.shape.kept_groups()
-        keys = Keys(pick(new.k_BGSP, groups, 1), pick(new.v_BGSP, groups, 1), new.valid_BS)
+        q_BKLP, keys = q_BHLP, new
+        if not self.trimmed:
+            q_BKLP = pick(q_BHLP, shape.kept, 1)
+            keys = Keys(pick(new.k_BGSP, groups, 1), pick(new.v_BGSP, groups, 1), new.valid_BS)
         if cache is not None and cache.held is not None:
             keys = cache.held.joined(keys)
         if scores.logit_H is not None:
             scores = scores._replace(logit_H=pick(scores.logit_H, shape.kept, 0))
         places = [groups.index(shape.group_of(h)) for h in shape.kept]
-        own_BKLP = attended_keys(pick(q_BHLP, shape.kept, 1), keys, places, segment_BL, scores)
+        own_BKLP = attended_keys(q_BKLP, keys, places, segment_BL, scores)
         if cache is not None:
-            cache.keep(keys.hold(segment_BL, scores.reach), q_BHLP.shape[2])
+            cache.keep(keys.hold(segment_BL, scores.reach), q_BKLP.shape[2])
         return own_BKLP

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from ssmorph.convert.counts import expert_share, mixer_parameters, parameters, teacher_counts
+from ssmorph.convert.counts import expert_share, head_parameters, mixer_parameters, parameters, teacher_counts
 from ssmorph.convert.families import attention_shape, family_of
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import MixerChoice, shape_of, start_mixer
@@ -47,7 +47,8 @@ def test_counts_are_those_of_the_built_models(row: str, kind: str) -> None:
     added = 0
     for i in LAYERS:
         own = choice.at(i)
-        made = mixer_parameters(own.kind, shape_of(attention_shape(config), own), counts.attention[i])
+        shape, head = shape_of(attention_shape(config), own), head_parameters(spec, config)
+        made = mixer_parameters(own.kind, shape, counts.attention[i], head)
         added += made - counts.attention[i]
     assert counts.total + added == parameters(student)
     # Phi's head has biases
