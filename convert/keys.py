@@ -46,8 +46,11 @@ class Keys(NamedTuple):
         if segment_BL is not None:
             own_BS = _documents(segment_BL, length)
             valid_BS = self.valid() & (own_BS == own_BS[:, -1:])
-        valid_BS = None if valid_BS is None else valid_BS[:, first:]
-        return Keys(self.k_BGSP[:, :, first:], self.v_BGSP[:, :, first:], valid_BS)
+        if not first:
+            return Keys(self.k_BGSP, self.v_BGSP, valid_BS)
+        # copies: a view would hold what it does not show
+        k_BGSP, v_BGSP = self.k_BGSP[:, :, first:].clone(), self.v_BGSP[:, :, first:].clone()
+        return Keys(k_BGSP, v_BGSP, None if valid_BS is None else valid_BS[:, first:].clone())
 
 
 def pick(heads: Tensor, index: Sequence[int], dim: int) -> Tensor:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ssmorph.convert.families import AttentionShape
 from ssmorph.convert.plan import Head, foremost_heads, listed_heads, retrieval_count, spread_heads
 
@@ -28,7 +25,7 @@ def kept_heads(ctx: Context, layers: tuple[int, ...]) -> tuple[Head, ...]:
     config, attention = ctx.config, ctx.spec.shape(ctx.teacher.config)
     before = heads_before_probe(config, layers, attention)
     count = retrieval_count(config.student.heads)
-    return before if count is None else foremost_heads(_importance(ctx).tolist(), layers, count)
+    return before if count is None else foremost_heads(_importance(ctx), layers, count)
 
 
 def heads_before_probe(config: RunConfig, layers: tuple[int, ...], attention: AttentionShape) -> tuple[Head, ...]:
@@ -45,7 +42,7 @@ def heads_before_probe(config: RunConfig, layers: tuple[int, ...], attention: At
     return spread_heads(count, layers, attention)
 
 
-def _importance(ctx: Context) -> Tensor:
+def _importance(ctx: Context) -> list[list[float]]:
     """How much each head matters to retrieval, [layers, heads]."""
     teacher, seed, probes = ctx.config.teacher, ctx.config.seed, ctx.config.placement.probes
     stamp: dict[str, Any] = {"source": teacher.source, "revision": teacher.revision, "seed": seed, "probes": probes}
@@ -53,7 +50,8 @@ def _importance(ctx: Context) -> Tensor:
     if found is None or found["stamp"] != stamp:
         ctx.say("heads: one backward pass over a key-value probe")
         ctx.run.stage_dir("placement")
-        importance = head_importance(ctx.teacher, ctx.spec, ctx.tokenizer, seed=seed, probes=probes)
-        found = {"stamp": stamp, "importance": importance.tolist()}
+        measured = head_importance(ctx.teacher, ctx.spec, ctx.tokenizer, seed=seed, probes=probes)
+        found = {"stamp": stamp, "importance": measured.tolist()}
         ctx.run.write_json(FILE, found)
-    return torch.tensor(found["importance"])
+    importance: list[list[float]] = found["importance"]
+    return importance

@@ -24,6 +24,7 @@ from ssmorph.convert.plan import (
     cheapest_fitting,
     lowest,
     resolve_layers,
+    retrieval_count,
     spread_lowest,
     strategy_of,
 )
@@ -84,7 +85,10 @@ def choose(config: RunConfig, spec: FamilySpec, teacher_config: Any, scores: lis
         assert placement.cache_mib is not None
         windows = [spec.window(teacher_config, i) for i in range(attention.layers)]
         held = attention_bytes(attention, windows, placement.context, FLOAT32)
-        return cheapest_fitting(scores, held, _mixer_bytes(config, attention), int(placement.cache_mib * 2**20))
+        # at worst every kept head reads a key/value head of its own, over the whole context
+        kept = (retrieval_count(config.student.heads) or 0) * 2 * attention.head_dim * FLOAT32 * placement.context
+        budget = int(placement.cache_mib * 2**20) - kept
+        return cheapest_fitting(scores, held, _mixer_bytes(config, attention), budget)
     return (spread_lowest if strategy.name == "smart" else lowest)(scores, strategy.layers)
 
 

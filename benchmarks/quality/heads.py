@@ -50,8 +50,9 @@ def perform(choice: str) -> None:
     started = time.process_time()
     convert(RECIPE, *changes, run_dir=str(folder), until="calibrate", say=lambda text: print(f"  {text}", flush=True))
     minutes = (time.process_time() - started) / 60
+    plan = json.loads((folder / "plan.json").read_text())
     result = {
-        "heads": json.loads((folder / "plan.json").read_text()).get("heads", []), **measured(folder),
+        "heads": " ".join(f"{layer}.{head}" for layer, head in plan.get("heads", [])), **measured(folder),
         "cpu_minutes": round(minutes, 1), "date": datetime.date.today().isoformat(),
         "machine": platform.processor() or platform.machine(),
     }  # fmt: skip

@@ -102,6 +102,18 @@ def test_the_plan_counts_what_kept_heads_cache(
     assert "retrieval-4" in capsys.readouterr().out
 
 
+def test_a_budget_of_bytes_leaves_room_for_kept_heads() -> None:
+    # a layer of attention: 2 key/value heads, width 8, keys and values, float32, 4096 tokens
+    layer = 2 * 2 * 8 * 4 * 4096 / 2**20
+    budget = ("student.layers=loo", f"placement.cache_mib={2.2 * layer}")
+    assert len(verbs.plan(str(RECIPE), *budget)["converted"]) == 2
+    # one head takes half a layer
+    plan = verbs.plan(str(RECIPE), *budget, MIXER, "student.heads=retrieval-1")
+    assert len(plan["converted"]) == 3
+    held = sum(row["cache_bytes_fixed"] + 4096 * row["cache_bytes_per_token"] for row in plan["layers"])
+    assert held <= 2.2 * layer * 2**20
+
+
 def test_a_list_survives_the_saved_recipe() -> None:
     config = load_recipe(RECIPE, [MIXER, "student.heads=['3.10', '1.0']", "stages=[{kind: surgery}]"])
     assert build(yaml.safe_load(dump(config))) == config
