@@ -1,8 +1,7 @@
 """Gates under a budget: every layer has its attention and its mixer, and learns how much of the attention to keep.
 
-A layer's output is g attention(x) + (1 - g) mixer(x), 0 < g < 1. The gates alone are trained, on KL. Their sum is
-always the number of layers kept, by a shift common to all logits: what one gate gains, others give. It takes the place of a
-penalty on the sum, and of its weight.
+A layer's output is g attention(x) + (1 - g) mixer(x), 0 < g < 1. The gates alone are trained, on KL. Their sum is the
+number of layers kept, always, by a shift common to all logits: what one gate gains, others give.
 
 B batch, L length, D model width, T tokens.
 """
