@@ -1,7 +1,7 @@
 """Gates under a budget: every layer has its attention and its mixer, and learns how much of the attention to keep.
 
-A layer's output is g attention(x) + (1 - g) mixer(x), 0 < g < 1. The gates alone are trained, on KL plus
-PULL (sum of g - kept)^2. They start on the budget, so what a gate gains others have to give.
+A layer's output is g attention(x) + (1 - g) mixer(x), 0 < g < 1. The gates alone are trained, on KL. Their sum is the
+number of layers kept, always, by a shift common to all logits: what one gate gains, others give.
 
 B batch, L length, D model width, T tokens.
 """
@@ -24,8 +24,6 @@ from .config import LogitsStage
 from .context import Context
 from .logits import divergence
 
-# nats that the gates' sum costs where it is one layer off
-PULL = 1.0
 # root mean square, over the layers, of the first step's change of the logits; it falls to 0
 RATE = 0.5
 MOMENTUM = 0.9
@@ -58,33 +56,43 @@ def train_gates(
     total = len(ctx.spec.decoder_layers(ctx.teacher))
     steps = math.ceil(ctx.config.placement.train_tokens / ctx.config.data.window)
     # half a layer inside, where there is nothing to choose
-    share = min(max(kept, 0.5), total - 0.5) / total
-    state = state or GateState(0, [math.log(share / (1 - share))] * total, [0.0] * total)
+    budget = min(max(kept, 0.5), total - 0.5)
+    state = state or GateState(0, [0.0] * total, [0.0] * total)
     own = dataclasses.replace(ctx, student=student)
     while state.step < steps:
         logits = torch.tensor(state.logits, requires_grad=True)
-        loss = _loss(own, logits, kept, state.step)
+        loss = _loss(own, on_budget(logits, budget), state.step)
         (slope,) = torch.autograd.grad(loss, logits)
         mean = MOMENTUM * torch.tensor(state.mean) + (1 - MOMENTUM) * slope
         # one scale for all layers, so that the differences between their gradients decide
         move = RATE * (1 - state.step / steps) * mean / mean.square().mean().sqrt().clamp_min(1e-12)
         state = GateState(state.step + 1, (logits.detach() - move).tolist(), mean.tolist())
         save(state)
-        opened = float(torch.tensor(state.logits).sigmoid().sum())
-        ctx.say(f"placement gates: step {state.step}/{steps} loss {loss.item():.4f}, open {opened:.1f} of {kept}")
+        ctx.say(f"placement gates: step {state.step}/{steps} loss {loss.item():.4f}")
         ctx.stop.check()
-    return torch.tensor(state.logits).sigmoid().tolist()
+    return on_budget(torch.tensor(state.logits), budget).tolist()
 
 
-def _loss(ctx: Context, logits: Tensor, kept: int, step: int) -> Tensor:
+def on_budget(logits: Tensor, budget: float) -> Tensor:
+    """sigmoid(logits - shift) with the shift at which they sum to `budget`; differentiable, the shift included."""
+    low, high = logits.detach().double().min() - 40, logits.detach().double().max() + 40
+    for _ in range(60):
+        shift = (low + high) / 2
+        above = (logits.detach().double() - shift).sigmoid().sum() > budget
+        low, high = (shift, high) if above else (low, shift)
+    gates = (logits - shift).sigmoid()
+    # a step of Newton from the solution: it moves nothing, and has the shift's own gradient
+    return (logits - shift - (gates.sum() - budget) / (gates * (1 - gates)).sum().detach()).sigmoid()
+
+
+def _loss(ctx: Context, gates: Tensor, step: int) -> Tensor:
     batch = ctx.batch(STREAM, step, 1)
-    gates = logits.sigmoid()
     with torch.no_grad():
         taught_TD = ctx.teacher.base_model(batch.tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    with blended(ctx.student, ctx.teacher, ctx.spec, gates.to(ctx.device())):
+    with blended(ctx.student, ctx.teacher, ctx.spec, gates.float().to(ctx.device())):
         own_TD = ctx.student.base_model(batch.tokens_BL, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     labels_T, mask_T = batch.tokens_BL[:, 1:].flatten(), batch.loss_mask_BL[:, 1:].flatten()
-    return divergence(ctx, LogitsStage(), own_TD, taught_TD, labels_T, mask_T).cpu() + PULL * (gates.sum() - kept) ** 2
+    return divergence(ctx, LogitsStage(), own_TD, taught_TD, labels_T, mask_T).cpu()
 
 
 class Blend(nn.Module):

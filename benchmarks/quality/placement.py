@@ -6,7 +6,8 @@ was stopped goes on where it was, in the middle of scoring too.
 
 SmolLM2-135M, 22 of 30 layers converted (8 keep their attention), windows of 512. Each strategy gets the same
 calibration tokens and the same tokens of KL, seed 0; what scoring reads or trains comes on top and is counted in its
-CPU minutes. Perplexity, KL and key-value retrieval on held-out documents, after calibration alone and after KL.
+CPU minutes (those of the last process, where a run was stopped). Perplexity, KL and key-value retrieval on held-out
+documents, after calibration alone and after KL.
 """
 
 from __future__ import annotations

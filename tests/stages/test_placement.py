@@ -15,7 +15,7 @@ import torch
 from ssmorph import verbs
 from ssmorph.errors import UserError
 from ssmorph.stages import placement, placement_gates
-from ssmorph.stages.placement_gates import blended
+from ssmorph.stages.placement_gates import blended, on_budget
 from ssmorph.stages.recipe import load_recipe
 from ssmorph.stages.scores import Candidate, score
 from ssmorph.stages.verdict import verdict
@@ -182,6 +182,14 @@ def test_the_evaluation_has_the_uniform_control(tmp_path: Path) -> None:
     assert again["text"][0]["models"]["uniform"] == read(run, "report.json")["text"][0]["models"]["uniform"]
 
 
+def test_the_budget_of_gates_is_kept_and_has_its_gradient() -> None:
+    logits = torch.tensor([-3.0, 0.5, 2.0, 9.0], dtype=torch.float64, requires_grad=True)
+    assert on_budget(logits, 1.5).sum().item() == pytest.approx(1.5)
+    assert torch.equal(on_budget(logits, 1.5).argsort(), logits.argsort())
+    assert torch.autograd.gradcheck(lambda a: on_budget(a, 1.5), logits)
+    torch.testing.assert_close(on_budget(torch.zeros(5), 2.0), torch.full((5,), 0.4))
+
+
 @torch.no_grad()
 def test_gates_blend_attention_and_mixer() -> None:
     teacher = tiny_teacher()
@@ -204,9 +212,7 @@ def test_gates_blend_attention_and_mixer() -> None:
 
 def test_gates_open_where_attention_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that layer 2 alone can lower opens its gate, and the others give way to the budget."""
-    monkeypatch.setattr(
-        placement_gates, "_loss", lambda ctx, a, kept, step: (a.sigmoid().sum() - kept) ** 2 - a.sigmoid()[2]
-    )
+    monkeypatch.setattr(placement_gates, "_loss", lambda ctx, gates, step: -gates[2])
     run = placed(tmp_path / "run", "gates-3", "placement.train_tokens=960")
     scores = read(run, "placement/gates.json")["scores"]
     assert scores[2] > 0.8
