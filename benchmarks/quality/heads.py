@@ -1,4 +1,4 @@
-"""What a few kept heads are worth: no heads, the foremost by the probe, and as many evenly spread.
+"""What a few kept heads are worth: none, the foremost 20 and 40 by the probe, and 20 evenly spread.
 
 `python -m benchmarks.quality.heads` runs what is missing and prints what is there; `--table` prints it alone, `--heads`
 runs some. A result is a file benchmarks/quality/results/heads-*.json. SmolLM2-135M, 15 of 30 layers converted, 8,192
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/heads")
 CALIBRATION, HELD_OUT, CONTEXT = 8_192, 4_096, 4_096
 PROBES, PROBE_SEED = 32, 1
-CHOICES = ("none", "retrieval-20", "spread-20")
+CHOICES = ("none", "retrieval-20", "spread-20", "retrieval-40")
 
 
 def student_of(choice: str) -> list[str]:
