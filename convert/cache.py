@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer, StaticLayer
 
 from ..errors import fail
+from .keys import Keys
 from .window import Held
 
 
@@ -121,6 +122,42 @@ class WindowCacheLayer(MixerCacheLayer):
             self.held = Held(*map(change, self.held))
         if self.is_recurrent_states_initialized[0]:
             self.recurrent_states[0] = change(self.recurrent_states[0])
+
+
+class HeadsCacheLayer(MixerCacheLayer):
+    """held: keys and values that kept heads read (keys.py); the states are those of the Mamba-2 heads beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: Keys | None = None
+
+    def store(self, conv_BKC: Tensor, state_BHPN: Tensor, tokens: int) -> None:
+        """Keeps both states; `keep` counts the tokens, since a layer may have no state at all."""
+        super().store(conv_BKC, state_BHPN, 0)
+
+    def keep(self, held: Keys, tokens: int) -> None:
+        """Keeps keys and values after `tokens` more tokens."""
+        self.held = held
+        self.device, self.dtype = held.k_BGSP.device, held.k_BGSP.dtype  # type: ignore[assignment]
+        self.seen += tokens
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.__init__()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts rows into the order of `beam_idx`."""
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        return [*super().tensors(), *(t for t in self.held or () if t is not None)]
+
+    def _map(self, change) -> None:  # type: ignore[no-untyped-def]
+        super()._map(change)
+        if self.held is not None:
+            k_BGSP, v_BGSP, valid_BS = self.held
+            self.held = Keys(change(k_BGSP), change(v_BGSP), None if valid_BS is None else change(valid_BS))
 
 
 OneLayer = TypeVar("OneLayer", bound=MixerCacheLayer)

@@ -20,7 +20,7 @@ from .capture import MixerCall, attention_rows, captured, first_hidden, layer_kw
 from .families import FamilySpec
 from .headfit import HeadFit, balanced_basis, fit_heads
 from .linearise import fill_norm, open_gate, shrink_taps
-from .mixers import Mixer, ScanMixer, WindowedMixer
+from .mixers import AttendingMixer, Mixer, ScanMixer, WindowedMixer, scan_of
 from .mixers.mamba2 import Mamba2Mixer
 from .moments import Moments
 from .start import conv_bias, conv_rows, set_decay
@@ -155,17 +155,17 @@ class _Layer:
 
     def _fit_heads(self, calls: list[MixerCall], inputs: list[Tensor]) -> None:
         """Writes the head fit into the mixer: rows of B and C, their constant channel, D and the decay."""
-        mixer, shape = self.mixer, self.mixer.shape
-        if isinstance(mixer, WindowedMixer):
-            fit_state(mixer, inputs, [c.heads_BLE for c in calls], self.attention_kwargs)
+        count, scan = self.mixer.shape.heads, scan_of(self.mixer)
+        if isinstance(self.mixer, WindowedMixer):
+            fit_state(self.mixer, inputs, [c.heads_BLE for c in calls], self.attention_kwargs)
+        if scan is None:
             return
-        assert isinstance(mixer, ScanMixer)
+        mixer, heads = scan
         few = max(1, HEAD_TOKENS // inputs[0][..., 0].numel())
         u_BLD = torch.cat(inputs[:few])
-        heads_BLHP = torch.cat([c.heads_BLE for c in calls[:few]]).unflatten(-1, (shape.heads, -1))
-        constants, head = _place_heads(
-            mixer, u_BLD, heads_BLHP, self._distance.solve() if self.options.decay == "distance" else None
-        )
+        taught = [c.heads_BLE.unflatten(-1, (count, -1))[..., list(heads), :] for c in calls[:few]]
+        distance_H = self._distance.solve()[list(heads)] if self.options.decay == "distance" else None
+        constants, head = _place_heads(mixer, u_BLD, torch.cat(taught), distance_H)
         dt_H, D_H = None, head.delta_H
         if isinstance(mixer, Mamba2Mixer):
             open_gate(mixer, inputs)
@@ -174,7 +174,7 @@ class _Layer:
         mixer.D.copy_(D_H)
         set_decay(mixer, head.distance_H, dt_H)
         if isinstance(mixer, Mamba2Mixer):
-            fill_norm(mixer, inputs[:few], [c.heads_BLE for c in calls[:few]])
+            fill_norm(mixer, inputs[:few], [t.flatten(-2) for t in taught])
 
     def _moments(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Moments:
         weight, bias = self.mixer.output().weight, self.mixer.output().bias
@@ -184,7 +184,7 @@ class _Layer:
         return moments
 
     def _features(self, u_BLD: Tensor) -> Tensor:
-        if isinstance(self.mixer, WindowedMixer):
+        if isinstance(self.mixer, AttendingMixer):
             return self.mixer.features(u_BLD, **self.attention_kwargs)
         assert isinstance(self.mixer, ScanMixer)
         return self.mixer.features(u_BLD)

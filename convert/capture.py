@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,15 @@ class Attended:
     softcap: float | None = None
     sinks_H: Tensor | None = None
     valid_BL: Tensor | None = None
+
+    def of(self, heads: Sequence[int]) -> Attended:
+        """The same of some query heads, in that order, with a key head for each."""
+        if list(heads) == list(range(self.q_BHLP.shape[1])):
+            return self
+        index = torch.tensor(heads, device=self.q_BHLP.device)
+        groups = index // (self.q_BHLP.shape[1] // self.k_BGLP.shape[1])
+        sinks_H = None if self.sinks_H is None else self.sinks_H[index]
+        return replace(self, q_BHLP=self.q_BHLP[:, index], k_BGLP=self.k_BGLP[:, groups], sinks_H=sinks_H)
 
 
 class MixerCall(NamedTuple):

@@ -10,7 +10,7 @@ from torch import nn
 
 from .families import FamilySpec
 from .families.spec import first_of
-from .mixers import MIXERS, MixerShape, State
+from .mixers import MIXERS, MixerShape, RestMixer, State
 
 # how configs call the experts of a layer
 EXPERTS = ("num_local_experts", "num_experts")
@@ -53,12 +53,27 @@ def teacher_counts(config: Any, spec: FamilySpec, trust_remote_code: bool = Fals
     )
 
 
-def mixer_parameters(kind: str, shape: MixerShape, attention: int) -> int:
-    """Parameters of one mixer; those of a layer's attention count where the mixer keeps it."""
+def mixer_parameters(kind: str, shape: MixerShape, attention: int, head: int = 0) -> int:
+    """Parameters of one mixer; those of a layer's attention count where the mixer keeps it.
+
+    Args:
+        attention: parameters of that attention.
+        head: of them, those of one head's rows that are left out with a head (`head_parameters`).
+    """
     with torch.device("meta"):
         if shape.window:
             return attention + (parameters(State(shape)) if shape.state else 0)
+        if shape.kept:
+            beside = shape.beside()
+            left_out = beside.heads + 2 * (shape.groups - len(shape.kept_groups()))
+            return attention - left_out * head + (parameters(RestMixer(beside, 0)) if beside.heads else 0)
         return parameters(MIXERS[kind](shape, 0))
+
+
+def head_parameters(spec: FamilySpec, config: Any) -> int:
+    """Parameters of one head's rows in a query, key or value projection; 0 where attention keeps the rows of all."""
+    shape = spec.shape(config)
+    return shape.head_dim * (shape.hidden + shape.qkv_bias) if spec.head_rows() else 0
 
 
 def parameters(module: nn.Module) -> int:

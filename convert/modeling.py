@@ -40,7 +40,8 @@ class SsmorphConfig(PreTrainedConfig):
 
     `text_config` is the teacher's config (transformers' name for a nested decoder, so that caches, masks and PEFT find
     it); `converted` maps a layer index to {"kind": mixer, "shape": sizes}; `places` says where the decoder layers are,
-    where in a layer the mixer is, and where in an attention its output projection.
+    where in a layer the mixer is, and where in an attention its output projection and, under `rows`, those of query,
+    key and value if a few heads can have theirs alone.
     """
 
     model_type = "ssmorph"
@@ -154,7 +155,12 @@ class SsmorphForCausalLM(PreTrainedModel, GenerationMixin):
 
     def mixers(self) -> dict[int, Mixer]:
         """The converted layers' mixers by layer index."""
-        return {m.layer_idx: m for m in self.modules() if isinstance(m, Mixer)}
+        found: dict[int, Mixer] = {}
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                # a mixer inside another comes after it
+                found.setdefault(module.layer_idx, module)
+        return found
 
 
 def hybrid_class(config: SsmorphConfig) -> type[SsmorphForCausalLM]:
@@ -180,10 +186,11 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
         self.config = config
         # the teacher's class looked for the old key in its own config only
         self._backward_compatibility_gradient_checkpointing()
-        out = (config.places or {}).get("out", "")
+        places = config.places or {}
+        names = (places.get("out", ""), places.get("rows", ()))
         for index, (kind, shape) in config.layers().items():
             attention = self.get_submodule(mixer_path(config, index))
-            set_mixer(self, config, index, make_mixer(kind, shape, index, attention, out))
+            set_mixer(self, config, index, make_mixer(kind, shape, index, attention, *names))
 
     @torch.no_grad()
     def _init_weights(self: Any, module: nn.Module) -> None:
@@ -220,7 +227,7 @@ def hybrid_of(teacher: PreTrainedModel, mixers: dict[int, Mixer], version: str) 
     """A hybrid that shares every kept weight with `teacher` and has `mixers` in the converted layers."""
     converted = {str(i): {"kind": m.kind, "shape": m.shape.as_dict()} for i, m in sorted(mixers.items())}
     spec = family_of(teacher.config)
-    places = {"layers": spec.layers, "mixer": spec.mixer, "out": spec.out}
+    places = {"layers": spec.layers, "mixer": spec.mixer, "out": spec.out, "rows": list(spec.head_rows())}
     # a copy: another attention for the hybrid, say, is not another for its teacher
     nested = copy.deepcopy(teacher.config)
     config = SsmorphConfig(text_config=nested, converted=converted, places=places, ssmorph_version=version)

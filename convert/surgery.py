@@ -8,7 +8,8 @@ factors of their rows: no mixer divides by a token's own size.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from ..errors import fail
 from .families import AttentionShape, FamilySpec
 from .families.spec import Projection, linear, norm_weight
-from .mixers import MIXERS, Mixer, MixerShape, ScanMixer, WindowedMixer, make_mixer
+from .mixers import MIXERS, AttendingMixer, HeadsMixer, Mixer, MixerShape, ScanMixer, WindowedMixer, make_mixer
 from .mixers.discrete_mamba2 import DiscreteMamba2Mixer
+from .mixers.mamba2 import Mamba2Mixer
 from .start import conv_bias, conv_rows, gate_rows, identity_convolution, published_start, set_decay
 
 # a decay of 1/64 per token: a neutral memory for the plain copy, before the teacher's own distances are known
@@ -41,9 +43,10 @@ def faithful_shape(attention: AttentionShape, conv_kernel: int) -> MixerShape:
 
 @dataclass(frozen=True, kw_only=True)
 class MixerChoice:
-    """What a layer becomes and from where it starts; the last three are for mixers with a window.
+    """What layers become and from where they start.
 
     Attributes:
+        kept: of `mamba2_heads`, the heads that stay attention, (layer, head) each; layers without one become mamba2.
         window: tokens of the attention window, its sinks included.
         state: prototypes that the state behind it holds for each key/value head; 0 for none.
     """
@@ -54,13 +57,22 @@ class MixerChoice:
     window: int = 64
     sinks: int = 4
     state: int = 64
+    kept: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, mixer: Mixer) -> MixerChoice:
         """What made this mixer, as far as its sizes tell."""
         shape = mixer.shape
+        kept = tuple((mixer.layer_idx, head) for head in shape.kept)
         return cls(kind=mixer.kind, conv_kernel=shape.conv_kernel, window=shape.window, sinks=shape.sinks,
-                   state=shape.state)  # fmt: skip
+                   state=shape.state, kept=kept)  # fmt: skip
+
+    def at(self, layer: int) -> MixerChoice:
+        """What this layer becomes: with its own kept heads alone, and mamba2 where it has none."""
+        if self.kind != HeadsMixer.kind:
+            return replace(self, kept=())
+        kept = tuple(sorted({pair for pair in self.kept if pair[0] == layer}))
+        return replace(self, kept=kept, kind=self.kind if kept else Mamba2Mixer.kind)
 
 
 def has_window(kind: str) -> bool:
@@ -68,10 +80,17 @@ def has_window(kind: str) -> bool:
     return kind in MIXERS and issubclass(MIXERS[kind], WindowedMixer)
 
 
+def keeps_attention(kind: str) -> bool:
+    """Whether mixers of this kind are made around the layer's own attention."""
+    return kind in MIXERS and issubclass(MIXERS[kind], AttendingMixer)
+
+
 def shape_of(attention: AttentionShape, choice: MixerChoice) -> MixerShape:
-    """The sizes of the mixer that stands for an attention."""
+    """The sizes of the mixer that stands for a layer's attention; the choice is of that layer (`at`)."""
     if not has_window(choice.kind):
-        return faithful_shape(attention, choice.conv_kernel)
+        faithful = faithful_shape(attention, choice.conv_kernel)
+        kept = tuple(head for _, head in choice.kept)
+        return replace(faithful, groups=attention.kv_heads, kept=kept) if kept else faithful
     return MixerShape(
         hidden=attention.hidden,
         heads=attention.heads,
@@ -87,20 +106,44 @@ def shape_of(attention: AttentionShape, choice: MixerChoice) -> MixerShape:
 
 
 def start_mixer(teacher: Any, spec: FamilySpec, layer: int, choice: MixerChoice) -> Mixer:
-    """The mixer of a layer before anything is fitted; with a window: that window of the layer's own attention.
+    """The mixer of a layer before anything is fitted; where attention is kept: that part of the layer's own.
 
     Raises:
-        ValueError: as `copy_attention`; a window for a family whose attention cannot be asked by name.
+        ValueError: as `copy_attention`; kept attention in a family whose attention cannot be asked by name.
     """
-    if not has_window(choice.kind):
+    choice = choice.at(layer)
+    if not keeps_attention(choice.kind):
         return copy_attention(teacher, spec, layer, choice.kind, choice.conv_kernel, choice.init)
     if not spec.attention_function:
-        raise fail("student.mixer", "a window needs a family with registered attention functions",
+        raise fail("student.mixer", "kept attention needs a family with registered attention functions",
                    f"{choice.kind} for {teacher.config.model_type}", "Use mamba2.")  # fmt: skip
+    whole = None
+    if choice.kept:
+        # before the mixer is made, so that the same seed draws the same gates as for mamba2
+        whole = copy_attention(teacher, spec, layer, Mamba2Mixer.kind, choice.conv_kernel, choice.init)
     attention = copy.deepcopy(spec.attention(teacher, layer)).requires_grad_(True)
-    mixer = make_mixer(choice.kind, shape_of(spec.shape(teacher.config), choice), layer, attention, spec.out)
+    shape = shape_of(spec.shape(teacher.config), choice)
+    mixer = make_mixer(choice.kind, shape, layer, attention, spec.out, spec.head_rows())
     weight = linear(attention, spec.out).weight
-    return mixer.to(device=weight.device, dtype=weight.dtype)
+    mixer = mixer.to(device=weight.device, dtype=weight.dtype)
+    if isinstance(mixer, HeadsMixer) and mixer.scan is not None:
+        assert isinstance(whole, Mamba2Mixer)
+        _copy_heads(mixer.scan, whole, mixer.rest)
+    return mixer
+
+
+@torch.no_grad()
+def _copy_heads(part: Mamba2Mixer, whole: Mamba2Mixer, heads: Sequence[int]) -> None:
+    """Gives the heads of `part`, in order, what these `heads` of `whole` have; groups = heads in both."""
+    count, x, state = whole.shape.heads, whole.shape.head_dim, whole.shape.state
+    # rows of each head in every block of a parameter
+    blocks = {"in_proj.weight": [x, x, state, state, 1], "norm.weight": [x]}
+    blocks |= {name: [x, state, state] for name in ("conv1d.weight", "conv1d.bias")}
+    blocks |= {name: [1] for name in ("dt_bias", "A_log", "D")}
+    for name, rows in blocks.items():
+        parts = whole.get_parameter(name).split([count * r for r in rows])
+        taken = [p.unflatten(0, (count, -1))[list(heads)].flatten(0, 1) for p in parts]
+        part.get_parameter(name).copy_(torch.cat(taken))
 
 
 def expand_kv(weight: Tensor, attention: AttentionShape) -> Tensor:

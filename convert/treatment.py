@@ -7,13 +7,14 @@ from typing import Any, Literal, NamedTuple
 
 from .counts import experts
 from .families import FamilySpec
-from .mixers import WindowedMixer, WindowMixer
+from .mixers import HeadsMixer, WindowedMixer, WindowMixer
 
 # factors outside attention, by the names that configs have for them
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier")
 # of mixers that keep the attention inside a window
 WINDOWED = (WindowedMixer.kind, WindowMixer.kind)
 INSIDE, BEHIND = "attention inside the window", "attention behind the window"
+KEPT_HEADS = "kept heads"
 
 
 class Treatment(NamedTuple):
@@ -22,6 +23,9 @@ class Treatment(NamedTuple):
     feature: str
     treatment: Literal["exact", "approximated", "dropped"]
     note: str
+
+
+_KEPT = Treatment(KEPT_HEADS, "exact", "softmax over all keys, as before; what follows is of the other heads")
 
 
 def treatments(spec: FamilySpec, config: Any, layers: Sequence[int], mixer: str, init: str = "copy") -> list[Treatment]:
@@ -37,7 +41,8 @@ def treatments(spec: FamilySpec, config: Any, layers: Sequence[int], mixer: str,
         return [Treatment("attention", "dropped", note), *_untouched(spec, config)]
     if mixer in WINDOWED and layers:
         return [*_windowed(mixer), *_untouched(spec, config)]
-    converted = [*_projections(spec, config, mixer), *_scores(spec, config, layers)] if layers else []
+    kept = [_KEPT] if mixer == HeadsMixer.kind and layers else []
+    converted = [*kept, *_projections(spec, config, mixer), *_scores(spec, config, layers)] if layers else []
     return [*converted, *_untouched(spec, config)]
 
 

@@ -54,7 +54,7 @@ def load_student(folder: Path, teacher: Any, own_rest: bool) -> Any:
     mixers = {}
     for i, m in saved["converted"].items():
         attention = copy.deepcopy(spec.attention(teacher, int(i))).requires_grad_(True)
-        mixers[int(i)] = make_mixer(m["kind"], MixerShape(**m["shape"]), int(i), attention, spec.out)
+        mixers[int(i)] = make_mixer(m["kind"], MixerShape(**m["shape"]), int(i), attention, spec.out, spec.head_rows())
     student = assemble(teacher, mixers, own_rest or saved["rest"])
     parameters = dict(student.named_parameters())
     with torch.no_grad():

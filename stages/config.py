@@ -7,13 +7,17 @@ Standard library only, so that a mistake in a recipe is answered before torch is
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+from ssmorph.convert.plan import SCORED, UNSCORED, retrieval_count, strategy_of
 
 from ..errors import fail
 
 RUN_FORMAT = 1
 WINDOWED = ("windowed_mamba2", "window")
+HEADS = "mamba2_heads"
 # as a stage's teacher: the model that is converted
 SELF = "self"
 # windows in a batch of the calibration stage
@@ -36,28 +40,36 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Which layers become which mixer; `layers`: a list of indices, `all`, or `uniform-K`: K of them, evenly spread."""
+    """Which layers become which mixer.
 
-    mixer: Literal["mamba2", "discrete_mamba2", "windowed_mamba2", "window"] = "mamba2"
+    `layers`: a list of indices, `all`, or NAME-K, K being the number of layers that are converted. NAME is uniform,
+    first, last or middle, or one that scores them first: loo, kl, retrieval, smart or gates (docs/method.md). A scoring
+    NAME without K converts as many as `placement.cache_mib` asks for. `heads`, of mamba2_heads: which query heads of
+    converted layers stay attention, a list of 'LAYER.HEAD', or `retrieval-N`: the N that matter most to fetching a
+    value by its key.
+    """
+
+    mixer: Literal["mamba2", "discrete_mamba2", "windowed_mamba2", "window", "mamba2_heads"] = "mamba2"
     layers: str | tuple[int, ...] = "uniform-15"
     conv_kernel: int = 4
     # of mixers with a window: tokens it holds, its sinks included; prototypes of the state behind it
     window: int = 64
     sinks: int = 4
     state: int = 64
+    heads: str | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_heads()
         _require(2 <= self.conv_kernel <= 4, "student.conv_kernel", "must be 2, 3 or 4", self.conv_kernel, "Use 4.")
         _require(self.sinks >= 0, "student.sinks", "must not be negative", self.sinks, "Use 4.")
         _require(self.window > self.sinks, "student.window", "must hold more than its sinks", self.window, "Use 64.")
         _require(self.state >= 1, "student.state", "must be positive", self.state,
                  "Use 64, or mixer: window for none.")  # fmt: skip
         if isinstance(self.layers, str):
-            ok = self.layers == "all" or (self.layers.startswith("uniform-") and self.layers[8:].isdigit())
             _require(
-                ok,
+                self.layers == "all" or strategy_of(self.layers) is not None,
                 "student.layers",
-                "must be a list of layers, 'all' or 'uniform-K'",
+                f"must be a list of layers, 'all' or NAME-K with NAME one of {', '.join(UNSCORED + SCORED)}",
                 repr(self.layers),
                 "Use 'uniform-15'.",
             )
@@ -70,6 +82,46 @@ class StudentConfig:
                 list(self.layers),
                 "List each layer once.",
             )
+
+    def _check_heads(self) -> None:
+        if isinstance(self.heads, str):
+            ok = retrieval_count(self.heads) is not None
+        else:
+            ok = all(re.fullmatch(r"\d+\.\d+", head) for head in self.heads) and len({*self.heads}) == len(self.heads)
+        got = repr(self.heads) if isinstance(self.heads, str) else list(self.heads)
+        _require(ok, "student.heads", "must be a list of distinct 'LAYER.HEAD', or 'retrieval-N'", got,
+                 "Use 'retrieval-20'.")  # fmt: skip
+        _require(not self.heads or self.mixer == HEADS, "student.heads", f"needs mixer {HEADS}", self.mixer,
+                 f"Use {HEADS}, or leave heads out.")  # fmt: skip
+        _require(bool(self.heads) or self.mixer != HEADS, "student.heads", f"{HEADS} needs heads to keep", got,
+                 "Use 'retrieval-20', or mixer: mamba2.")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """What scoring layers may read and train, where `student.layers` asks for scores; else without effect.
+
+    `calibration_tokens` make the mixers (and those of the controls), `score_tokens` measure KL, `train_tokens` train
+    for `kl` (0: not at all) and `gates`; `lr` is of `kl`, `probes` are of `retrieval`, for `student.heads` too.
+    `cache_mib`: MiB of cache in float32 at `context` tokens that the hybrid has to fit into, where `student.layers` has
+    no K.
+    """
+
+    calibration_tokens: int = 8_192
+    score_tokens: int = 4_096
+    train_tokens: int = 8_192
+    lr: float = 4e-4
+    probes: int = 16
+    cache_mib: float | None = None
+    context: int = 4_096
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_tokens", "score_tokens", "lr", "probes", "context"):
+            value = getattr(self, name)
+            _require(value > 0, f"placement.{name}", "must be positive", value, "Use the default.")
+        _require(self.train_tokens >= 0, "placement.train_tokens", "must not be negative", self.train_tokens, "Use 0.")
+        _require(self.cache_mib is None or self.cache_mib > 0, "placement.cache_mib", "must be positive",
+                 self.cache_mib, "Leave it out.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +333,7 @@ class RunConfig:
     teacher: TeacherConfig
     run_dir: str
     student: StudentConfig = field(default_factory=StudentConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stages: tuple[Stage, ...] = field(default_factory=default_stages)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -302,12 +355,32 @@ class RunConfig:
                      getattr(self.stages[0], "init", None), "Use copy.")  # fmt: skip
             _require("mixing" not in kinds, "stages", "a window with a state behind it has no mixing matrix",
                      self.student.mixer, "Use calibrate, hidden and logits.")  # fmt: skip
+        if self.student.mixer == HEADS:
+            _require(copies, "stages.surgery.init", "kept heads are the attention's own copy",
+                     getattr(self.stages[0], "init", None), "Use copy.")  # fmt: skip
         frobenius = any(isinstance(s, MixingStage) and s.loss == "frobenius" for s in self.stages)
-        _require(not (frobenius and self.student.mixer == "mamba2"), "stages.mixing.loss",
-                 "frobenius needs a mixer without a norm", "mamba2", "Use cosine.")  # fmt: skip
+        _require(not (frobenius and self.student.mixer in ("mamba2", HEADS)), "stages.mixing.loss",
+                 "frobenius needs a mixer without a norm", self.student.mixer, "Use cosine.")  # fmt: skip
+        self._check_placement()
         _require(self.threads is None or self.threads > 0, "threads", "must be positive", self.threads, "Leave it out.")
         _require(self.run_format == RUN_FORMAT, "run_format", f"this version writes and reads format {RUN_FORMAT}",
                  self.run_format, "Convert with the version that made the run.")  # fmt: skip
+
+    def _check_placement(self) -> None:
+        strategy, budget = strategy_of(self.student.layers), self.placement.cache_mib
+        by_bytes = strategy is not None and strategy.layers is None
+        _require(not by_bytes or budget is not None, "student.layers", "needs K, or placement.cache_mib instead",
+                 self.student.layers, f"Write {self.student.layers}-15.")  # fmt: skip
+        _require(by_bytes or budget is None, "placement.cache_mib", "decides in place of the K of student.layers",
+                 self.student.layers, "Leave one of them out.")  # fmt: skip
+        spread = by_bytes and strategy is not None and strategy.name == "smart"
+        _require(not spread, "student.layers", "smart needs K", self.student.layers, "Write smart-15, or use loo.")
+        listed = isinstance(self.student.heads, tuple) and len(self.student.heads) > 0
+        scored = strategy is not None and strategy.scored
+        _require(not (listed and scored), "student.heads", "a list needs layers that are known before scores",
+                 self.student.layers, "Use 'retrieval-N', or list the layers.")  # fmt: skip
+        trained = strategy is None or strategy.name != "gates" or self.placement.train_tokens > 0
+        _require(trained, "placement.train_tokens", "gates are trained", 0, "Use 8192.")
 
     def stage_names(self) -> list[str]:
         """Folder names of the stages: index-kind, as the recipe lists them."""

@@ -44,16 +44,19 @@ def evaluate(
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
     earlier: Sequence[tuple[str, Loader]] = (),
+    placements: Sequence[tuple[str, Loader]] = (),
 ) -> dict[str, Any]:
     """Everything report.json holds, as plain lists and numbers.
 
     Args:
         earlier: the name of each stage before the last, and what loads the student that it left.
+        placements: further controls, which show whether the choice of layers was worth it.
     """
     started = time.monotonic()
     layers = sorted(hybrid.mixers())
     rivals = _controls(teacher, hybrid, spec, layers, seed) if controls and layers else []
-    candidates = [Candidate("hybrid", hybrid), *rivals]
+    placed = [Candidate(name, load()) for name, load in placements]
+    candidates = [Candidate("hybrid", hybrid), *rivals, *placed]
     window_tokens = _window(teacher, hybrid) if layers else 0
     report: dict[str, Any] = {
         "converted": layers,
@@ -142,8 +145,9 @@ def heldout_sets(data: PackedData, length: int, suite: Suite) -> list[tuple[str,
 
 
 def _window(teacher: Any, hybrid: Any) -> int:
-    mixer = next(iter(hybrid.mixers().values()))
-    return equal_window(mixer.shape, attention_shape(teacher.config), teacher.dtype)
+    """Of the largest state; keys and values of kept heads, which grow with the text, are not counted."""
+    attention = attention_shape(teacher.config)
+    return max(equal_window(mixer.shape, attention, teacher.dtype) for mixer in hybrid.mixers().values())
 
 
 def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, layers: list[int], seed: int) -> list[Candidate]:

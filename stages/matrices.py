@@ -6,13 +6,14 @@ H heads, R cells along a side.
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmorph.convert.capture import MixerCall
-from ssmorph.convert.mixers import Mixer, ScanMixer
+from ssmorph.convert.mixers import Mixer, ScanMixer, scan_of
 from ssmorph.kernels.mixing import mixing_maps
 
 CELLS = 48
@@ -31,18 +32,20 @@ def matrices(mixers: dict[int, Mixer], calls: dict[int, MixerCall], resolution: 
     kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for layer, mixer in sorted(mixers.items()):
         # a window and what is behind it have no one matrix
-        if not isinstance(mixer, ScanMixer):
+        scan = scan_of(mixer)
+        if scan is None:
             continue
-        own_HRR, taught_HRR = maps_of(mixer, calls[layer], resolution)
-        for head, (own, taught) in enumerate(zip(own_HRR, taught_HRR, strict=True)):
+        own_HRR, taught_HRR = maps_of(*scan, calls[layer], resolution)
+        for head, own, taught in zip(scan[1], own_HRR, taught_HRR, strict=True):
             found.append((head_error(own, taught), layer, head))
             kept[layer, head] = own, taught
     if not found:
         return {"errors": {}, "heads": []}
     order = sorted(found)
     chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    layers = sorted({layer for _, layer, _ in found})
     return {
-        "errors": {str(i): [e for e, layer, _ in found if layer == i] for i in sorted(mixers)},
+        "errors": {str(i): [e for e, layer, _ in found if layer == i] for i in layers},
         "heads": [
             {"name": name, "layer": layer, "head": head, "error": error,
              "student": picture(kept[layer, head][0]), "teacher": picture(kept[layer, head][1])}
@@ -51,10 +54,10 @@ def matrices(mixers: dict[int, Mixer], calls: dict[int, MixerCall], resolution: 
     }  # fmt: skip
 
 
-def maps_of(mixer: ScanMixer, call: MixerCall, resolution: int) -> tuple[Tensor, Tensor]:
-    """The student's and the teacher's maps of all heads on the teacher's inputs, [H, R, R]."""
-    s, a = mixer.scan_inputs(call.input_BLD), call.attended
-    assert a is not None
+def maps_of(mixer: ScanMixer, heads: Sequence[int], call: MixerCall, resolution: int) -> tuple[Tensor, Tensor]:
+    """The student's maps of all its heads, and the teacher's of these `heads`, on the teacher's inputs, [H, R, R]."""
+    assert call.attended is not None
+    s, a = mixer.scan_inputs(call.input_BLD), call.attended.of(heads)
     return mixing_maps(
         s.C_BLGN, s.B_BLGN, s.log_a_BLH, a.q_BHLP.transpose(1, 2), a.k_BGLP.transpose(1, 2), resolution=resolution,
         w_BLH=s.w_BLH, D_H=s.D_H, scale=a.scale, window=a.window, softcap=a.softcap, sinks_H=a.sinks_H,

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ssmorph.convert.families import attention_shape, family_of
-from ssmorph.convert.plan import resolve_layers
+from ssmorph.convert.families import family_of
+from ssmorph.convert.plan import Head, strategy_of
 from ssmorph.convert.surgery import MixerChoice
 from ssmorph.convert.teachers import load_config, load_teacher
 
@@ -45,10 +45,12 @@ from .data import open_or_pack
 from .evaluate import evaluate
 from .health import inspect_final
 from .hidden import run_hidden
+from .kept_heads import heads_before_probe, kept_heads
 from .logits import run_logits
 from .machine import choose_products, choose_threads, set_products
 from .mixing import run_mixing
 from .offline import check_stamps, check_stored
+from .placement import control_students, converted_before_scores, described, placed_layers
 from .recipe import difference, dump, load_saved
 from .rundir import RunDir, atomic_folder, atomic_write, disk_errors, remove_folder
 from .suite import suite_named
@@ -72,17 +74,17 @@ def convert(
     names = config.stage_names()
     last = _stage_named(names, until) if until else len(names) - 1
     first = _stage_named(names, start) if start else len(names)
-    shape = attention_shape(
-        load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
-    )
-    layers = resolve_layers(config.student.layers, shape.layers)
+    t = config.teacher
+    teacher_config = load_config(t.source, t.revision, t.trust_remote_code)
+    # a mistake in student.layers or student.heads shows before anything is written
+    spec = family_of(teacher_config)
+    heads_before_probe(config, converted_before_scores(config, spec, teacher_config), spec.shape(teacher_config))
     with RunDir(config.run_dir) as run, stop_signals() as stop:
         _agree(run, config, first)
         if start:
             _forget(run, first)
         atomic_write(run.path / "config.yaml", dump(config))
         _environment(run, config)
-        run.write_json("plan.json", {"layers": list(layers), "mixer": config.student.mixer})
         log = _logger(run, say)
         waiting = [i for i in range(last + 1) if not run.finished(names[i])]
         check_targets(config, waiting)
@@ -90,7 +92,7 @@ def convert(
         ctx = prepare(config, run, stop, log)
         check_stamps(ctx, waiting)
         try:
-            _run_stages(ctx, layers, last)
+            run_stages(ctx, _placed(ctx), last)
             if until is None:
                 _finish(ctx)
         finally:
@@ -172,7 +174,19 @@ def prepare(config: RunConfig, run: RunDir, stop: Any, log: Callable[[str], None
                   data=data, stop=stop, say=log, tracker=tracker, tokenizer=tokenizer)  # fmt: skip
 
 
-def _run_stages(ctx: Context, layers: tuple[int, ...], last: int) -> None:
+def _placed(ctx: Context) -> tuple[int, ...]:
+    """The layers to convert, which plan.json tells; after surgery, those that were converted."""
+    done = ctx.run.done(ctx.config.stage_names()[0])
+    layers = placed_layers(ctx, run_stages) if done is None else tuple(done["summary"]["layers"])
+    plan: dict[str, Any] = {"layers": list(layers), "mixer": ctx.config.student.mixer}
+    heads = kept_heads(ctx, layers) if done is None else done["summary"].get("heads", [])
+    plan |= {"heads": [list(head) for head in heads]} if heads else {}
+    ctx.run.write_json("plan.json", plan | described(ctx.config, strategy_of(ctx.config.student.layers), ctx.run))
+    return layers
+
+
+def run_stages(ctx: Context, layers: tuple[int, ...], last: int) -> None:
+    """Runs or resumes the stages up to the index `last`; `ctx.student` is what the last of them leaves."""
     source = ""
     rest_trained = False
     trains_rest = any(_trains_rest(stage) for stage in ctx.config.stages)
@@ -210,19 +224,18 @@ def _trains_rest(stage: Stage) -> bool:
     return isinstance(stage, TrainStage) and stage.optim.rest_lr > 0
 
 
-def mixer_choice(student: StudentConfig, init: str) -> MixerChoice:
+def mixer_choice(student: StudentConfig, init: str, kept: tuple[Head, ...] = ()) -> MixerChoice:
     """The recipe's student as surgery takes it."""
     return MixerChoice(kind=student.mixer, conv_kernel=student.conv_kernel, init=init, window=student.window,
-                       sinks=student.sinks, state=student.state)  # fmt: skip
+                       sinks=student.sinks, state=student.state, kept=kept)  # fmt: skip
 
 
 def _run_stage(ctx: Context, index: int, stage: Stage, layers: tuple[int, ...], own_rest: bool) -> dict[str, Any]:
     if isinstance(stage, SurgeryStage):
-        c = ctx.config
-        ctx.student = copied_student(
-            ctx.teacher, ctx.spec, layers, mixer_choice(c.student, stage.init), c.seed, own_rest
-        )
-        return {"layers": list(layers)}
+        c, kept = ctx.config, kept_heads(ctx, layers)
+        choice = mixer_choice(c.student, stage.init, kept)
+        ctx.student = copied_student(ctx.teacher, ctx.spec, layers, choice, c.seed, own_rest)
+        return {"layers": list(layers), **({"heads": [list(head) for head in kept]} if kept else {})}
     if isinstance(stage, CalibrateStage):
         return {"fits": [dataclasses.asdict(fit) for fit in run_calibrate(ctx, index, stage)]}
     if isinstance(stage, MixingStage):
@@ -231,6 +244,12 @@ def _run_stage(ctx: Context, index: int, stage: Stage, layers: tuple[int, ...], 
         return dataclasses.asdict(run_hidden(ctx, index, stage))
     assert isinstance(stage, LogitsStage)
     return dataclasses.asdict(run_logits(ctx, index, stage))
+
+
+def placement_controls(ctx: Context) -> list[tuple[str, Callable[[], Any]]]:
+    """What loads the two students that show whether scores were worth it, where the evaluation wants controls."""
+    layers = tuple(sorted(ctx.student.mixers()))
+    return control_students(ctx, layers, run_stages) if ctx.config.evaluate.controls else []
 
 
 def _finish(ctx: Context) -> None:
@@ -251,7 +270,8 @@ def _finish(ctx: Context) -> None:
         suite = suite_named(config.evaluate.suite, config.evaluate.tokens, config.data.window)
         report = evaluate(ctx.teacher, ctx.student, ctx.spec, ctx.data, ctx.tokenizer, suite,
                           controls=config.evaluate.controls, seed=config.seed, say=say,
-                          earlier=earlier_students(run.path, config, ctx.teacher))  # fmt: skip
+                          earlier=earlier_students(run.path, config, ctx.teacher),
+                          placements=placement_controls(ctx))  # fmt: skip
         report = {"stamp": stamp, **report}
         run.write_json("report.json", report)
     ctx.stop.check()

@@ -22,20 +22,25 @@ def print_plan(plan: dict[str, Any]) -> None:
     for row in plan["layers"]:
         window = f" up to {row['cache_tokens']:,}" if row["cache_tokens"] is not None else ""
         per_token = f"{row['cache_bytes_per_token']:,} B{window}"
-        cells = [str(row["layer"]), row["becomes"], f"{row['parameters']:,}", per_token]
+        kept = row["kept_heads"] if row["becomes"] == "mamba2_heads" else []
+        becomes = row["becomes"] + (f", keeps {', '.join(map(str, kept))}" if kept else "")
+        cells = [str(row["layer"]), becomes, f"{row['parameters']:,}", per_token]
         table.add_row(*cells, f"{row['cache_bytes_fixed']:,} B")
     console.print(table)
     console.print(
         f"{len(plan['converted'])} layers converted: {plan['teacher_parameters']:,} parameters become"
         f" {plan['parameters']:,} ({plan['parameters_added']:+,})."
     )
+    if plan["heads"]:
+        console.print(f"Which heads stay is decided in the run, by a probe ({plan['heads']}); the table has as many.")
+    if plan["placement"]:
+        console.print(f"Which ones is decided in the run, by scores ({plan['placement']}); the table has as many.")
     console.print(
         f"From {plan['smaller_from_tokens']} tokens of context on, a converted layer's cache is the smaller one."
     )
     if plan["never_smaller"]:
-        console.print(
-            f"Not in {name_layers(plan['never_smaller'])}: the sliding window keeps attention's cache smaller."
-        )
+        where = name_layers(plan["never_smaller"])
+        console.print(f"Not in {where}: a sliding window keeps attention's smaller, or kept heads read all of it.")
     _print_treatment(console, plan)
     console.print(
         f"Stock architecture it would fit: {plan['stock_export_fits'] or 'none'} (export itself is not built yet)."

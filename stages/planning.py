@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 
-from ssmorph.convert.counts import TeacherCounts, mixer_parameters, teacher_counts
+from ssmorph.convert.counts import TeacherCounts, head_parameters, mixer_parameters, teacher_counts
 from ssmorph.convert.families import attention_shape, family_of
-from ssmorph.convert.plan import cache_bytes, kv_bytes_per_token, resolve_layers
+from ssmorph.convert.mixers import MixerShape
+from ssmorph.convert.plan import cache_bytes, kept_bytes_per_token, kv_bytes_per_token, retrieval_count, strategy_of
 from ssmorph.convert.surgery import MixerChoice, shape_of
 from ssmorph.convert.teachers import load_config
 from ssmorph.convert.treatment import treatments
 
 from .config import SELF, CalibrateStage, LogitsStage, RunConfig, SurgeryStage, TrainStage
+from .kept_heads import heads_before_probe
+from .placement import converted_before_scores
 
 FLOAT32 = 4
 
@@ -27,45 +30,65 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
     """Layer table, parameters, bytes of cache, crossover length, what is kept and lost, cost; plain values.
 
     `cache_tokens` is where a layer's cache stops growing, its sliding window; None for never. `never_smaller` are the
-    converted layers whose attention had a window so short that its cache stays below the mixer's.
+    converted layers whose attention had a window so short that its cache stays below the mixer's. `placement` is a
+    strategy that scores layers, whose choice only the run can tell: the table then has as many, spread evenly, or with
+    a budget of bytes as if all scores were equal. `heads` is the same for kept heads; None where a list names them.
 
     Raises:
         ValueError: an unsupported family, head counts that do not divide, a layer out of range.
     """
     teacher = load_config(config.teacher.source, config.teacher.revision, config.teacher.trust_remote_code)
     spec, attention = family_of(teacher), attention_shape(teacher)
-    layers = resolve_layers(config.student.layers, attention.layers)
+    layers, strategy = converted_before_scores(config, spec, teacher), strategy_of(config.student.layers)
     student = config.student
+    heads = heads_before_probe(config, layers, attention)
     choice = MixerChoice(kind=student.mixer, conv_kernel=student.conv_kernel, window=student.window,
-                         sinks=student.sinks, state=student.state)  # fmt: skip
-    shape = shape_of(attention, choice)
+                         sinks=student.sinks, state=student.state, kept=heads)  # fmt: skip
+    choices = [choice.at(i) for i in range(attention.layers)]
+    shapes = [shape_of(attention, own) for own in choices]
     counts = teacher_counts(teacher, spec, config.teacher.trust_remote_code)
-    made = [mixer_parameters(student.mixer, shape, kept) for kept in counts.attention]
-    per_token, fixed = kv_bytes_per_token(attention, FLOAT32), cache_bytes(shape, FLOAT32)
+    parts = zip(choices, shapes, counts.attention, strict=True)
+    head = head_parameters(spec, teacher)
+    made = [mixer_parameters(own.kind, shape, kept, head) for own, shape, kept in parts]
+    per_token = kv_bytes_per_token(attention, FLOAT32)
     init = config.stages[0].init if isinstance(config.stages[0], SurgeryStage) else "copy"
     table = []
     for i, kept in enumerate(counts.attention):
         converted = i in layers
-        row: dict[str, Any] = {"layer": i, "becomes": config.student.mixer if converted else "attention (kept)"}
-        row |= {"parameters": made[i] if converted else kept, "cache_bytes_per_token": 0 if converted else per_token}
-        row |= {"cache_tokens": None if converted else spec.window(teacher, i)}
-        table.append(row | {"cache_bytes_fixed": fixed if converted else 0})
-    crossover = math.ceil(fixed / per_token)
+        grows = kept_bytes_per_token(shapes[i], FLOAT32) if converted else per_token
+        row: dict[str, Any] = {"layer": i, "becomes": choices[i].kind if converted else "attention (kept)"}
+        row |= {"kept_heads": list(shapes[i].kept) if converted else list(range(attention.heads))}
+        row |= {"parameters": made[i] if converted else kept, "cache_bytes_per_token": grows}
+        row |= {"cache_tokens": spec.window(teacher, i) if grows else None}
+        table.append(row | {"cache_bytes_fixed": cache_bytes(shapes[i], FLOAT32) if converted else 0})
+    crossovers = [_crossover(shape, per_token) for shape in shapes]
     added = sum(made[i] - counts.attention[i] for i in layers)
     return {
         "teacher": config.teacher.source,
         "family": teacher.model_type,
         "layers": table,
         "converted": list(layers),
+        "heads": None if retrieval_count(student.heads) is None else student.heads,
+        "placement": config.student.layers if strategy is not None and strategy.scored else None,
         "teacher_parameters": counts.total,
         "parameters": counts.total + added,
         "parameters_added": added,
-        "smaller_from_tokens": crossover,
-        "never_smaller": [i for i in layers if (spec.window(teacher, i) or crossover) < crossover],
+        "smaller_from_tokens": max((c for i in layers if (c := crossovers[i]) is not None), default=crossovers[0]),
+        "never_smaller": [i for i in layers if _never_smaller(crossovers[i], spec.window(teacher, i))],
         "treatment": [row._asdict() for row in treatments(spec, teacher, layers, config.student.mixer, init)],
         "stock_export_fits": spec.stock_export(teacher) if config.student.mixer == "mamba2" else None,
         "estimate": _estimate(config, counts, sum(made[i] for i in layers), added, attention.hidden),
     }
+
+
+def _crossover(shape: MixerShape, per_token: int) -> int | None:
+    """Tokens from which a mixer's cache is no larger than that of attention; None where it never is."""
+    saved = per_token - kept_bytes_per_token(shape, FLOAT32)
+    return math.ceil(cache_bytes(shape, FLOAT32) / saved) if saved else None
+
+
+def _never_smaller(crossover: int | None, window: int | None) -> bool:
+    return crossover is None or (window is not None and window < crossover)
 
 
 def _estimate(config: RunConfig, counts: TeacherCounts, trained: int, added: int, width: int) -> dict[str, Any]:

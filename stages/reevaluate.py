@@ -15,13 +15,16 @@ from ssmorph.convert.teachers import load_teacher
 from ..errors import fail
 from .artifact import earlier_students, load_student
 from .config import RunConfig, as_dict
+from .context import Context, StopFlag
 from .data import PackedData, open_or_pack
 from .evaluate import evaluate
 from .health import inspect_final
 from .machine import set_products
+from .pipeline import placement_controls
 from .recipe import load_saved
 from .rundir import RunDir
 from .suite import suite_named
+from .tracking import NoTracker
 
 
 class Finished(NamedTuple):
@@ -61,10 +64,13 @@ def opened(folder: Path, say: Callable[[str], None]) -> Iterator[Finished]:
 def reevaluate(folder: Path, suite: str, tokens: int | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Evaluates the run's last artifact; writes report-SUITE.json beside report.json."""
     with opened(folder, say) as (run, config, teacher, student, data, tokenizer):
-        measured = evaluate(teacher, student, family_of(teacher.config), data, tokenizer,
+        ctx = Context(config=config, run=run, teacher=teacher, student=student, spec=family_of(teacher.config),
+                      data=data, stop=StopFlag(), say=say, tracker=NoTracker(), tokenizer=tokenizer)  # fmt: skip
+        measured = evaluate(teacher, student, ctx.spec, data, tokenizer,
                             suite_named(suite, tokens or config.evaluate.tokens, config.data.window),
                             controls=config.evaluate.controls, seed=config.seed, say=say,
-                            earlier=earlier_students(folder, config, teacher))  # fmt: skip
+                            earlier=earlier_students(folder, config, teacher),
+                            placements=placement_controls(ctx))  # fmt: skip
         done = run.done(config.stage_names()[-1])
         assert done is not None
         wanted = {**as_dict(config.evaluate), "suite": suite, "tokens": tokens or config.evaluate.tokens}

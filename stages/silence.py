@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmorph.convert.families import FamilySpec
-from ssmorph.convert.mixers import Mixer, ScanMixer, WindowedMixer
+from ssmorph.convert.mixers import AttendingMixer, HeadsMixer, Mixer, ScanMixer, WindowedMixer
 
 # a decay whose exponential is 0 in float32: nothing of the state outlives a token
 FORGET = -110.0
@@ -23,8 +23,8 @@ FORGET = -110.0
 def silenced(hybrid: Any) -> Iterator[None]:
     """While open, converted layers see the present token alone: state and convolution cache are 0 at every token.
 
-    Every token becomes a document of its own, which mixers already know how to keep apart. A mixer that keeps a window
-    of attention keeps it: only its state forgets.
+    Every token becomes a document of its own, which mixers already know how to keep apart. A mixer around attention, a
+    window or a few heads of it, keeps that: only its state forgets.
     """
 
     def part(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -34,7 +34,7 @@ def silenced(hybrid: Any) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for mixer in hybrid.mixers().values():
-            if own_window(mixer) is None:
+            if not isinstance(mixer, AttendingMixer):
                 handle = mixer.register_forward_pre_hook(part, with_kwargs=True)
                 stack.callback(handle.remove)
             else:
@@ -47,6 +47,10 @@ def stateless(mixer: Mixer) -> Iterator[None]:
     """While open, a state holds the present token alone, and one behind a window says nothing; the rest works on."""
     if isinstance(mixer, WindowedMixer):
         with _shut(mixer):
+            yield
+        return
+    if isinstance(mixer, HeadsMixer):
+        with contextlib.nullcontext() if mixer.scan is None else stateless(mixer.scan):
             yield
         return
     assert isinstance(mixer, ScanMixer)

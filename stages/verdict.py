@@ -178,6 +178,17 @@ def _window(report: Report) -> Iterator[str]:
             )
 
 
+def _placement(report: Report) -> Iterator[str]:
+    for what, models in _text(report, "uniform"):
+        own, rival = models["placed"]["kl"], models["uniform"]["kl"]
+        # written so that NaN loses
+        if not own <= rival:
+            yield (
+                f"On {what} as many layers spread evenly are closer to the teacher (KL {rival:.3f}) than those that"
+                f" scores chose ({own:.3f}), both calibrated and untrained: the scores were not worth it."
+            )
+
+
 # name, the report's key that it needs, rule
 RULES: tuple[tuple[str, str, Callable[[Report], Iterator[str]]], ...] = (
     ("not-finite", "text", _not_finite),
@@ -189,4 +200,5 @@ RULES: tuple[tuple[str, str, Callable[[Report], Iterator[str]]], ...] = (
     ("generation-bad", "generation", _generation),
     ("hidden-damage", "text", _hidden),
     ("worse-than-window", "text", _window),
+    ("uniform-is-better", "text", _placement),
 )

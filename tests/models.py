@@ -9,10 +9,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from ssmorph.convert.families import family_of
-from ssmorph.convert.mixers import ScanMixer, WindowedMixer
+from ssmorph.convert.mixers import HeadsMixer, ScanMixer, WindowedMixer
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import MixerChoice, start_mixer
 from ssmorph.convert.tiny import strengthen, tiny_config
+
+# heads that stay attention, (layer, head): none in layer 0, of both key/value heads in layer 1, all in layer 2
+KEPT = ((1, 1), (1, 4), *((2, head) for head in range(6)), (3, 5))
 
 
 def tiny_teacher(**changes: Any) -> Any:
@@ -26,7 +29,7 @@ def tiny_hybrid(kind: str = "mamba2", layers: tuple[int, ...] = (1, 3), teacher:
     family = family_of(teacher.config)
     torch.manual_seed(0)
     # a window shorter than any text of the tests, so that its state is asked
-    choice = MixerChoice(kind=kind, window=5, sinks=2, state=7)
+    choice = MixerChoice(kind=kind, window=5, sinks=2, state=7, kept=KEPT)
     mixers = {i: start_mixer(teacher, family, i, choice) for i in layers}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -37,6 +40,10 @@ def tiny_hybrid(kind: str = "mamba2", layers: tuple[int, ...] = (1, 3), teacher:
                         parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
                     mixer.state.gate.fill_(2)
                 continue
+            if isinstance(mixer, HeadsMixer):
+                if mixer.scan is None:
+                    continue
+                mixer = mixer.scan
             assert isinstance(mixer, ScanMixer)
             mixer.conv1d.weight.copy_(0.6 * torch.randn(mixer.conv1d.weight.shape, generator=generator))
             mixer.D.copy_(torch.randn(mixer.D.shape, generator=generator))

@@ -2,4 +2,10 @@
 
 from .spec import FamilySpec
 
-OLMO2 = FamilySpec(model_types=("olmo2",), mixer_norm=lambda config: None, query_norm="q_norm", key_norm="k_norm")
+OLMO2 = FamilySpec(
+    model_types=("olmo2",),
+    mixer_norm=lambda config: None,
+    query_norm="q_norm",
+    key_norm="k_norm",
+    fewer_heads=False,
+)

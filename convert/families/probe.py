@@ -161,6 +161,8 @@ def _spec_of(config: Any, layers: str, name: str, mixer: nn.Module) -> FamilySpe
         key_norm=_child(mixer, KEY_NORM, nn.Module),
         biases=lambda _config: biases,
         eps=eps,
+        # not among what the probe checks
+        fewer_heads=False,
         **names,  # type: ignore[arg-type]
     )
 

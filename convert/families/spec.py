@@ -100,6 +100,8 @@ class FamilySpec:
         logits: factor and soft cap of the logits.
         eps: name of the norms' eps in the config.
         attention_function: whether attention goes through transformers' registered attention functions.
+        fewer_heads: whether the attention also works when query, key and value have rows of some heads only: it takes
+            their number from these projections, and no norm needs all of them.
         stock_export: the stock architecture a `mamba2` hybrid of this family can be written as, if any.
     """
 
@@ -130,6 +132,7 @@ class FamilySpec:
     )
     eps: str = "rms_norm_eps"
     attention_function: bool = True
+    fewer_heads: bool = True
     stock_export: Callable[[Any], str | None] = lambda config: None
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -141,6 +144,10 @@ class FamilySpec:
     def attention(self, model: nn.Module, layer: int) -> nn.Module:
         """A layer's attention module."""
         return self.decoder_layers(model)[layer].get_submodule(self.mixer)
+
+    def head_rows(self) -> tuple[str, ...]:
+        """The projections of queries, keys and values, where they may have rows of some heads only; else nothing."""
+        return (self.query, self.key, self.value) if self.fewer_heads and self.fused is None else ()
 
     def shape(self, config: Any) -> AttentionShape:
         """Head geometry, from the config.

@@ -8,4 +8,5 @@ STABLELM = FamilySpec(
     key_norm="k_layernorm",
     biases=lambda config: (config.use_qkv_bias, False),
     eps="layer_norm_eps",
+    fewer_heads=False,
 )

@@ -6,7 +6,7 @@ B batch, L length, D model width, H heads, G groups, P head width, N state width
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,12 @@ class MixerShape:
     # tokens that an attention window holds, its sinks among them; 0 for none
     window: int = 0
     sinks: int = 0
+    # query heads that stay attention, in order; `groups` are then the attention's key/value heads
+    kept: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        # config.json has lists
+        object.__setattr__(self, "kept", tuple(self.kept))
 
     @property
     def inner(self) -> int:
@@ -46,7 +52,20 @@ class MixerShape:
 
     def as_dict(self) -> dict[str, Any]:
         """The sizes as config.json keeps them."""
-        return asdict(self)
+        return {**asdict(self), "kept": list(self.kept)}
+
+    def group_of(self, head: int) -> int:
+        """The key/value head that a query head reads."""
+        return head // (self.heads // self.groups)
+
+    def kept_groups(self) -> list[int]:
+        """The key/value heads that kept heads read."""
+        return sorted({self.group_of(h) for h in self.kept})
+
+    def beside(self) -> MixerShape:
+        """The Mamba-2 heads beside the kept ones: one for each head that is not kept, groups = heads."""
+        rest = self.heads - len(self.kept)
+        return replace(self, heads=rest, groups=rest, kept=())
 
 
 class ScanInputs(NamedTuple):

@@ -12,28 +12,21 @@ prototypes.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ssmorph.kernels.ssd import ssd
 
-from ..cache import WindowCacheLayer, cache_layer, padding_mask, segments
+from ..cache import WindowCacheLayer
 from ..window import Scores, Window, empty
-from .base import Mixer, MixerShape
+from .attending import Attend, AttendingMixer
+from .base import MixerShape
 
-FUNCTION = "ssmorph_windowed"
 # a prototype may outweigh the window's largest score by e^30 before sums are scaled by it
 HEADROOM = 30.0
-
-# queries [B, H, L, P], keys and values [B, G, L, P] and how scores are made, to what is attended, [B, L, H, P]
-Attend = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]
 
 
 class State(nn.Module):
@@ -52,20 +45,14 @@ class State(nn.Module):
         self.gate = nn.Parameter(torch.zeros(heads))
 
 
-class WindowedMixer(Mixer):
+class WindowedMixer(AttendingMixer):
     """`windowed_mamba2`: window, sinks and state."""
 
     kind = "windowed_mamba2"
+    cache_kind = WindowCacheLayer
 
     def __init__(self, shape: MixerShape, layer_idx: int, attention: nn.Module, out: str) -> None:
-        super().__init__(shape, layer_idx)
-        _register()
-        # a config of its own, which alone says that this attention calls our function
-        config: Any = copy.copy(attention.config)
-        config._attn_implementation_internal = FUNCTION
-        attention.config = config
-        self.attention = attention
-        self.out_name = out
+        super().__init__(shape, layer_idx, attention, out)
         self.state = State(shape) if shape.state else None
 
     def synthetic_cache(self, tokens: int) -> WindowCacheLayer:
@@ -77,53 +64,9 @@ class WindowedMixer(Mixer):
         layer.keep(held, state if shape.state else None, tokens)
         return layer
 
-    def output(self) -> nn.Linear:
-        """The attention's output projection."""
-        out = self.attention.get_submodule(self.out_name)
-        assert isinstance(out, nn.Linear)
-        return out
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        layer_past: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """[B, L, D] to ([B, L, D], None); other arguments, RoPE's tables among them, go to the attention."""
-        valid_BL = padding_mask(attention_mask, hidden_states.shape[1])
-        cache = cache_layer(
-            layer_past if past_key_values is None else past_key_values, self.layer_idx, WindowCacheLayer
-        )
-        segment_BL = segments(position_ids)
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids
-        return self.call_attention(hidden_states, self._answer(valid_BL, segment_BL, cache), kwargs), None
-
-    def features(self, hidden_BLD: Tensor, **kwargs: Any) -> Tensor:
-        """What enters the attention's output projection, [B, L, E]; whole documents without padding."""
-        kept: list[Tensor] = []
-        answer = self._answer(None, None, None)
-
-        def attend(*arguments: Any) -> Tensor:
-            kept.append(answer(*arguments))
-            return kept[0]
-
-        self.call_attention(hidden_BLD, attend, kwargs)
-        return kept[0].flatten(2)
-
-    def call_attention(self, hidden_BLD: Tensor, attend: Attend, kwargs: dict[str, Any]) -> Tensor:
-        """The attention's output with `attend` [B, L, H, P] in the place of its softmax."""
-        self.attention.__dict__["attend"] = attend
-        try:
-            return self.attention(hidden_BLD, attention_mask=None, **kwargs)[0]
-        finally:
-            del self.attention.__dict__["attend"]
-
-    def _answer(self, valid_BL: Tensor | None, segment_BL: Tensor | None, cache: WindowCacheLayer | None) -> Attend:
-        """What stands for the softmax in one call of the attention."""
+    def answer(self, hidden_BLD: Tensor, valid_BL: Tensor | None, segment_BL: Tensor | None, cache: Any) -> Attend:
+        """Window and state in the place of the softmax."""
+        del hidden_BLD
 
         def attend(q_BHLP: Tensor, k_BGLP: Tensor, v_BGLP: Tensor, scores: Scores) -> Tensor:
             held = state = None
@@ -196,20 +139,3 @@ class WindowMixer(WindowedMixer):
     """`window`: the same without a state, which every window with a state has to beat."""
 
     kind = "window"
-
-
-def _windowed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """What transformers calls by name: hands on to the mixer whose attention this is."""
-    del attention_mask
-    scale = kwargs.get("scaling")
-    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
-    attend: Attend = module.__dict__["attend"]
-    scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window"))
-    return attend(query, key, value, scores), None
-
-
-def _register() -> None:
-    AttentionInterface.register(FUNCTION, _windowed_attention)
-    AttentionMaskInterface.register(FUNCTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

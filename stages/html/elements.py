@@ -18,6 +18,8 @@ NAMES = {
     "removed": "attention removed",
     "own_window": "W: the layer's own window alone",
     "window": "E: window of equal bytes, untrained",
+    "placed": "this placement, calibrated, untrained",
+    "uniform": "uniform placement, calibrated, untrained",
     "silenced": "hybrid, states silenced",
     "narrowed": "hybrid, kept attention narrowed",
 }

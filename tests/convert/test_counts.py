@@ -9,14 +9,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from ssmorph.convert.counts import expert_share, mixer_parameters, parameters, teacher_counts
+from ssmorph.convert.counts import expert_share, head_parameters, mixer_parameters, parameters, teacher_counts
 from ssmorph.convert.families import attention_shape, family_of
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import MixerChoice, shape_of, start_mixer
 from tests.families.hybrids import EACH
 from tests.families.tiny import ROWS, family_config, family_teacher
+from tests.models import KEPT
 
-LAYERS = (1, 3)
+# with kept heads: none, some, all
+LAYERS = (0, 1, 2)
 
 
 def matmuls_of_one_token(teacher: Any) -> int:
@@ -40,10 +42,14 @@ def test_counts_are_those_of_the_built_models(row: str, kind: str) -> None:
     spec = family_of(config)
     counts = teacher_counts(config, spec)
     assert counts.total == parameters(teacher)
-    choice = MixerChoice(kind=kind)
+    choice = MixerChoice(kind=kind, kept=KEPT)
     student = hybrid_of(teacher, {i: start_mixer(teacher, spec, i, choice) for i in LAYERS}, "test")
-    shape = shape_of(attention_shape(config), choice)
-    added = sum(mixer_parameters(kind, shape, counts.attention[i]) - counts.attention[i] for i in LAYERS)
+    added = 0
+    for i in LAYERS:
+        own = choice.at(i)
+        shape, head = shape_of(attention_shape(config), own), head_parameters(spec, config)
+        made = mixer_parameters(own.kind, shape, counts.attention[i], head)
+        added += made - counts.attention[i]
     assert counts.total + added == parameters(student)
     # Phi's head has biases
     assert counts.head // config.vocab_size in (config.hidden_size, config.hidden_size + 1)

@@ -13,7 +13,10 @@ from tests.models import tiny_hybrid
 KINDS = ("mamba2", "discrete_mamba2")
 # a window adds what is an attention's own: soft caps, norms, scales, parallel blocks, one key/value head
 WITH_WINDOW = ("llama", "qwen3", "phi", "gemma2", "gemma3", "gpt_neox", "granite")
-EACH = [(row, kind) for row in ROWS for kind in KINDS] + [(row, "windowed_mamba2") for row in WITH_WINDOW]
+# kept heads add the same, and sliding windows of the teacher's own
+WITH_HEADS = ("llama", "mistral", "phi-normed", "gemma2", "gemma3", "olmo2", "gpt_neox")
+EACH = [(row, kind) for row in ROWS for kind in KINDS]
+EACH += [(row, "windowed_mamba2") for row in WITH_WINDOW] + [(row, "mamba2_heads") for row in WITH_HEADS]
 
 
 def some_layers(row: str, kind: str) -> Any:

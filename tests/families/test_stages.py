@@ -16,7 +16,9 @@ from ssmorph.convert.surgery import MixerChoice
 from ssmorph.stages.artifact import copied_student
 from ssmorph.stages.config import LogitsStage
 from ssmorph.stages.controls import windowed
+from ssmorph.stages.head_probe import gated_heads
 from ssmorph.stages.mixing import align_matrices
+from ssmorph.stages.placement_gates import blended
 from ssmorph.stages.targets import divergence, end_of
 from tests.families.hybrids import tokens
 from tests.families.tiny import ROWS, family_teacher
@@ -84,3 +86,24 @@ def test_the_window_control_reaches_every_family(row: str) -> None:
     torch.testing.assert_close(wide, full, rtol=1e-4, atol=1e-5)
     assert (narrow - full)[:, -1].abs().max() > 1e-3
     torch.testing.assert_close(narrow[:, :2], full[:, :2], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", ROWS)
+def test_gates_on_heads_and_on_layers_reach_every_family(row: str) -> None:
+    teacher, x = family_teacher(row), tokens(1, 30)
+    spec = family_of(teacher.config)
+    shape = spec.shape(teacher.config)
+    full = teacher(x, use_cache=False).logits
+    student = student_of(teacher, layers=tuple(range(shape.layers)))
+    with blended(student, teacher, spec, torch.ones(shape.layers)):
+        torch.testing.assert_close(student(x, use_cache=False).logits, full, rtol=1e-4, atol=1e-5)
+    gates = [torch.ones(1, shape.heads) for _ in range(shape.layers)]
+    with gated_heads(teacher, spec, gates):
+        torch.testing.assert_close(teacher(x, use_cache=False).logits, full, rtol=1e-4, atol=1e-5)
+    # one head after another, each alone
+    for layer, head in ((0, 0), (shape.layers - 1, shape.heads - 1)):
+        gates[layer][0, head] = 0
+        with gated_heads(teacher, spec, gates):
+            assert (teacher(x, use_cache=False).logits - full).abs().max() > 1e-3
+        gates[layer][0, head] = 1

@@ -207,7 +207,7 @@ def spoil_tensor(run: Path) -> None:
         (lambda run: shutil.rmtree(run / "3-hidden" / "student"), "must be what the stage wrote"),
         (lambda run: truncate(run / "1-calibrate" / "DONE"), "must be JSON"),
         (lambda run: truncate(run / "env.json"), "must be JSON"),
-        (lambda run: truncate(run / "config.yaml"), "config.yaml"),
+        (lambda run: (run / "config.yaml").write_text("teacher: {source"), "config.yaml"),
         (lambda run: truncate(run / "data" / "0.tokens"), "bytes"),
         (lambda run: truncate(run / "data" / "index.json"), "must be packed data"),
     ],

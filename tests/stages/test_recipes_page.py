@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
-from ssmorph.convert.plan import resolve_layers
+from ssmorph.convert.plan import SCORED, UNSCORED, resolve_layers
+from ssmorph.stages.config import PlacementConfig, StudentConfig, as_dict
 from ssmorph.stages.recipe import build, load_recipe
 from tests.stages.test_shipped_recipes import CONFIGS, MODELS, RECIPES, model_of
 
@@ -56,3 +59,21 @@ def test_numbers_are_where_a_row_says() -> None:
         else:
             assert Path(recipe).name in (PAGE.parent / link[1]).resolve().read_text(encoding="utf-8"), recipe
     assert len({place for place in places.values() if "](" in place}) >= 2
+
+
+@pytest.mark.parametrize(("section", "config"), [("placement", PlacementConfig()), ("student", StudentConfig())])
+def test_the_keys_of_a_section_and_their_defaults_are_listed(section: str, config: object) -> None:
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    start = lines.index(f"| `{section}.` | default | is |") + 2
+    table = [line.split(" | ")[:2] for line in itertools.takewhile(lambda text: text.startswith("| "), lines[start:])]
+    listed = {}
+    for names, values in table:
+        listed |= dict(zip(re.findall(r"`(\w+)`", names), values.split(", "), strict=True))
+    defaults = {name: "none" if value in (None, []) else value for name, value in as_dict(config).items()}
+    assert listed.keys() == defaults.keys()
+    assert all(str(value) == listed[name] or float(listed[name]) == value for name, value in defaults.items())
+
+
+def test_every_strategy_is_listed() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert [name for name in UNSCORED + SCORED if f"`{name}`" not in page] == []

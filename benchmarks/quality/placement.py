@@ -1,0 +1,155 @@
+"""Which layers to convert: every placement of `student.layers` on one model, text and number of layers.
+
+`python -m benchmarks.quality.placement` runs what is missing and prints what is there; `--table` prints it alone,
+`--strategies` runs some of them. A strategy's result is a file benchmarks/quality/results/placement-*.json; a run that
+was stopped goes on where it was, in the middle of scoring too.
+
+SmolLM2-135M, 22 of 30 layers converted (8 keep their attention), windows of 512. Each strategy gets the same
+calibration tokens and the same tokens of KL, seed 0; what scoring reads or trains comes on top and is counted in its
+CPU minutes (those of the last process, where a run was stopped). Perplexity, KL and key-value retrieval on held-out
+documents, after calibration alone and after KL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ssmorph.convert.plan import SCORED, UNSCORED
+
+RECIPE = Path("configs/study/ours.yaml")
+RESULTS = Path(__file__).parent / "results"
+RUNS = Path("runs/placement")
+CONVERTED = 22
+CALIBRATION = 8_192
+# the best of benchmarks.quality.study at 10k tokens
+RATE = 4e-4
+HELD_OUT = 8_192
+DISTANCES, PROBES = (64, 256), 64
+
+
+class Run(NamedTuple):
+    """One conversion; `tokens` are of KL."""
+
+    strategy: str
+    mixer: str
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """As its files are called."""
+        return f"placement-{self.strategy}-{CONVERTED}-{self.mixer}-{self.tokens // 1000}k"
+
+    def result(self) -> dict[str, Any] | None:
+        """What it came to, if it is done."""
+        file = RESULTS / f"{self.name}.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+
+def perform(run: Run) -> None:
+    """Converts and measures, then leaves the numbers alone."""
+    from ssmorph.stages.rundir import atomic_write
+    from ssmorph.verbs import convert
+
+    folder, shared = RUNS / run.name, RUNS / f"scores-{run.mixer}"
+    if shared.is_dir() and not folder.is_dir():
+        # smart reads the scores of loo
+        shutil.copytree(shared, folder / "placement")
+    changes = [
+        f"student.layers={run.strategy}-{CONVERTED}",
+        f"student.mixer={run.mixer}",
+        "evaluate.suite=none",
+        "threads=1",
+    ]
+    changes += [f"stages.calibrate.tokens={CALIBRATION}", f"stages.logits.tokens={run.tokens}"]
+    changes += [f"placement.calibration_tokens={CALIBRATION}", f"stages.logits.optim.lr={RATE}"]
+    started = time.process_time()
+    convert(RECIPE, *changes, run_dir=str(folder), say=lambda text: print(f"  {text}", flush=True))
+    minutes = (time.process_time() - started) / 60
+    plan = json.loads((folder / "plan.json").read_text())
+    result = {
+        **run._asdict(), "converted": plan["layers"], "scores": plan.get("scores"), "calibration_tokens": CALIBRATION,
+        "rate": RATE,
+        **measured(folder), "cpu_minutes": round(minutes, 1),
+        "date": datetime.date.today().isoformat(), "machine": platform.processor() or platform.machine(),
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    atomic_write(RESULTS / f"{run.name}.json", json.dumps(result, indent=1) + "\n")
+    if (folder / "placement").is_dir():
+        shutil.copytree(folder / "placement", shared, dirs_exist_ok=True)
+    shutil.rmtree(folder)
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Rows `calibrated` and `trained` of a finished run, and what the teacher has to show."""
+    from ssmorph.convert.teachers import load_teacher
+    from ssmorph.stages.artifact import load_student
+    from ssmorph.stages.data import PackedData
+    from ssmorph.stages.evaluate import heldout_sets
+    from ssmorph.stages.retrieval import accuracy, filler_of, make_probes
+    from ssmorph.stages.scores import Candidate, score
+    from ssmorph.stages.suite import suite_named
+
+    teacher, tokenizer = load_teacher("smollm2-135m")
+    data = PackedData(folder / "data")
+    stages = {"calibrated": "1-calibrate", "trained": "2-logits"}
+    students = [Candidate(k, load_student(folder / s / "student", teacher, own_rest=False)) for k, s in stages.items()]
+    _, windows_WL = heldout_sets(data, 512, suite_named("short", HELD_OUT, 512))[0]
+    rows = {name: s.summary() for name, s in score(teacher, students, windows_WL).items()}
+    asked = {d: make_probes(tokenizer, filler_of(data), d, PROBES, 0) for d in DISTANCES}
+    found: dict[str, Any] = {}
+    for candidate in (Candidate("teacher", teacher), *students):
+        row, base = rows[candidate.name], rows["teacher"]["perplexity"]
+        ratio = row["perplexity"] / base
+        found[candidate.name] = {
+            "perplexity": row["perplexity"], "ratio": ratio, "excess": math.log(ratio), "kl": row["kl"],
+            "top1": row["top1"], "retrieval": {str(d): accuracy(candidate, probes) for d, probes in asked.items()},
+        }  # fmt: skip
+    return {**found, "held_out_tokens": rows["teacher"]["tokens"], "probes": PROBES}
+
+
+def print_table(runs: list[Run]) -> None:
+    """What is there: two rows for each strategy, beside the uniform one's."""
+    results = [(run, result) for run in runs if (result := run.result()) is not None]
+    uniform = next((r for run, r in results if run.strategy == "uniform"), None)
+    print(f"{'strategy':10} {'':10} x teacher  excess     KL  KL - uniform  retrieval at {DISTANCES}")
+    for run, result in results:
+        for stage in ("calibrated", "trained"):
+            row = result[stage]
+            gap = f"{row['kl'] - uniform[stage]['kl']:+.3f}" if uniform else ""
+            found = " ".join(f"{row['retrieval'][str(d)]:.2f}" for d in DISTANCES)
+            numbers = f"{row['ratio']:9.3f} {row['excess']:7.3f} {row['kl']:6.3f} {gap:>13}"
+            print(f"{run.strategy:10} {stage:10} {numbers}  {found}")
+    for run, result in results:
+        kept = [i for i in range(30) if i not in result["converted"]]
+        print(f"{run.strategy:10} keeps {kept}, {result['cpu_minutes']} CPU minutes")
+    if results:
+        found = " ".join(f"{results[0][1]['teacher']['retrieval'][str(d)]:.2f}" for d in DISTANCES)
+        print(f"the teacher retrieves {found}, chance is 0.25")
+
+
+def main() -> None:
+    """The runs that are missing, then the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--mixer", default="mamba2")
+    parser.add_argument("--tokens", type=int, default=10_000, help="of KL")
+    parser.add_argument("--strategies", nargs="+", choices=UNSCORED + SCORED, default=list(UNSCORED + SCORED))
+    arguments = parser.parse_args()
+    runs = [Run(strategy, arguments.mixer, arguments.tokens) for strategy in arguments.strategies]
+    for run in [] if arguments.table else runs:
+        if run.result() is None:
+            print(run.name, flush=True)
+            perform(run)
+    print_table(runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What mixers share that keep the layer's own attention and answer in the place of its softmax.
+
+The attention module stays whole: projections, norms, RoPE and output projection are its own. It calls an attention
+function of ours by name, which hands queries, keys and values to the mixer. B batch, L length, H query heads, G
+key/value heads, P head width.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ..cache import MixerCacheLayer, cache_layer, padding_mask, segments
+from ..window import Scores
+from .base import Mixer, MixerShape
+
+FUNCTION = "ssmorph_attending"
+
+# queries [B, H, L, P], keys and values [B, G, L, P] and how scores are made, to what is attended, [B, L, H, P]
+Attend = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]
+
+
+class AttendingMixer(Mixer):
+    """A mixer around the layer's own attention. Subclasses say what stands for the softmax, and what is cached."""
+
+    cache_kind: ClassVar[type[MixerCacheLayer]]
+
+    def __init__(self, shape: MixerShape, layer_idx: int, attention: nn.Module, out: str) -> None:
+        super().__init__(shape, layer_idx)
+        _register()
+        # a config of its own, which alone says that this attention calls our function
+        config: Any = copy.copy(attention.config)
+        config._attn_implementation_internal = FUNCTION
+        attention.config = config
+        self.attention = attention
+        self.out_name = out
+
+    @abstractmethod
+    def answer(self, hidden_BLD: Tensor, valid_BL: Tensor | None, segment_BL: Tensor | None, cache: Any) -> Attend:
+        """What stands for the softmax in one call of the attention.
+
+        Args:
+            hidden_BLD: what enters the layer.
+            cache: None, or this layer's place in the cache, of `cache_kind`.
+        """
+
+    def output(self) -> nn.Linear:
+        """The attention's output projection."""
+        out = self.attention.get_submodule(self.out_name)
+        assert isinstance(out, nn.Linear)
+        return out
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """[B, L, D] to ([B, L, D], None); other arguments, RoPE's tables among them, go to the attention."""
+        valid_BL = padding_mask(attention_mask, hidden_states.shape[1])
+        cache = cache_layer(layer_past if past_key_values is None else past_key_values, self.layer_idx, self.cache_kind)
+        segment_BL = segments(position_ids)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        attend = self.answer(hidden_states, valid_BL, segment_BL, cache)
+        return self.call_attention(hidden_states, attend, kwargs), None
+
+    def features(self, hidden_BLD: Tensor, **kwargs: Any) -> Tensor:
+        """What enters the attention's output projection, [B, L, E]; whole documents without padding."""
+        kept: list[Tensor] = []
+        answer = self.answer(hidden_BLD, None, None, None)
+
+        def attend(*arguments: Any) -> Tensor:
+            kept.append(answer(*arguments))
+            return kept[0]
+
+        self.call_attention(hidden_BLD, attend, kwargs)
+        return kept[0].flatten(2)
+
+    def call_attention(self, hidden_BLD: Tensor, attend: Attend, kwargs: dict[str, Any]) -> Tensor:
+        """The attention's output with `attend` [B, L, H, P] in the place of its softmax."""
+        self.attention.__dict__["attend"] = attend
+        try:
+            return self.attention(hidden_BLD, attention_mask=None, **kwargs)[0]
+        finally:
+            del self.attention.__dict__["attend"]
+
+
+def _attending(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls by name: hands on to the mixer whose attention this is."""
+    del attention_mask
+    scale = kwargs.get("scaling")
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    attend: Attend = module.__dict__["attend"]
+    scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window"))
+    return attend(query, key, value, scores), None
+
+
+def _register() -> None:
+    AttentionInterface.register(FUNCTION, _attending)
+    AttentionMaskInterface.register(FUNCTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
