@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .conversions import Converted, converted, keep, kept
+from .conversions import Converted, converted, keep, kept, scored
 
 RECIPE = Path("configs/smollm2/135m-demo.yaml")
 LAYERS = ("all", "uniform-22", "uniform-15")
@@ -26,6 +26,11 @@ MIXERS = {
     "state": ("student.mixer=windowed_mamba2",),
     "E": ("student.mixer=window", f"student.window={EQUAL}"),
     "W": ("student.mixer=window",),
+}
+TITLES = {
+    "state": "**`windowed_mamba2`**: 64 tokens, 64 prototypes",
+    "E": f"E: `window` of {EQUAL} tokens",
+    "W": "W: `window` of 64 tokens",
 }
 LONG, LONG_TOKENS = 4096, 65_536
 SHORTER, SHORT_TOKENS = (512, 2048), 16_384
@@ -43,6 +48,11 @@ class Run(NamedTuple):
     def name(self) -> str:
         """As its result is called."""
         return f"beyond-{self.mixer}-{self.layers}-{BUDGET // 1000}k-seed{SEED}"
+
+
+def runs() -> list[Run]:
+    """All of them; the short window alone is converted at the fewest layers only."""
+    return [Run(mixer, layers) for layers in LAYERS for mixer in MIXERS if mixer != "W" or layers == LAYERS[-1]]
 
 
 def perform(run: Run) -> None:
@@ -79,19 +89,9 @@ def positions(done: Converted) -> dict[str, Any]:
     return {"positions": rows, "long_windows": hybrid.windows}
 
 
-def windows(done: Converted) -> dict[int, dict[str, float]]:
+def windows(done: Converted) -> dict[int, dict[str, Any]]:
     """Perplexity over the teacher's and KL on held-out documents in shorter windows, by their length."""
-    from ssmorph.stages.evaluate import heldout_sets
-    from ssmorph.stages.scores import Candidate, score
-    from ssmorph.stages.suite import suite_named
-
-    found = {}
-    for length in SHORTER:
-        _, windows_WL = heldout_sets(done.data, length, suite_named("short", SHORT_TOKENS, length))[0]
-        scores = score(done.teacher, [Candidate("hybrid", done.student)], windows_WL)
-        row, base = scores["hybrid"].summary(), scores["teacher"].summary()
-        found[length] = {"ratio": row["perplexity"] / base["perplexity"], "kl": row["kl"], "tokens": row["tokens"]}
-    return found
+    return {length: scored(done, length, SHORT_TOKENS) for length in SHORTER}
 
 
 def retrieval(done: Converted, model: Any) -> dict[str, float]:
@@ -116,12 +116,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="+", default=[""])
     arguments = parser.parse_args()
-    runs = [Run(mixer, layers) for layers in LAYERS for mixer in MIXERS if mixer != "W" or layers == LAYERS[-1]]
-    for run in [] if arguments.table else runs:
+    for run in [] if arguments.table else runs():
         if kept(run.name) is None and f"{run.mixer}-{run.layers}".startswith(tuple(arguments.only)):
             print(run.name, flush=True)
             perform(run)
-    for run in runs:
+    for run in runs():
         print_row(run.name, kept(run.name))
     print_row("beyond-teacher", kept("beyond-teacher"))
 

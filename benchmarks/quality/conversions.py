@@ -43,6 +43,22 @@ def converted(name: str, recipe: Path, changes: Sequence[str]) -> Converted:
     return Converted(teacher, student, tokenizer, PackedData(folder / "data"), minutes)
 
 
+def scored(done: Converted, length: int = 512, tokens: int = 8192) -> dict[str, Any]:
+    """The student beside its teacher on held-out documents in windows of `length`."""
+    from ssmorph.stages.evaluate import heldout_sets
+    from ssmorph.stages.scores import Candidate, score
+    from ssmorph.stages.suite import suite_named
+
+    _, windows_WL = heldout_sets(done.data, length, suite_named("short", tokens, length))[0]
+    scores = score(done.teacher, [Candidate("hybrid", done.student)], windows_WL)
+    base, row = scores["teacher"].summary(), scores["hybrid"].summary()
+    return {
+        "ratio": row["perplexity"] / base["perplexity"], "kl": row["kl"], "top1": row["top1"],
+        "teacher_perplexity": base["perplexity"], "held_out_tokens": row["tokens"],
+        "cpu_minutes": round(done.cpu_minutes, 1),
+    }  # fmt: skip
+
+
 def kept(name: str) -> dict[str, Any] | None:
     """A result that is there already."""
     file = RESULTS / f"{name}.json"

@@ -53,6 +53,11 @@ class Run(NamedTuple):
         return json.loads(file.read_text()) if file.is_file() else None
 
 
+def all_runs(mixer: str = "mamba2", tokens: int = 10_000) -> list[Run]:
+    """Every placement, unscored first."""
+    return [Run(strategy, mixer, tokens) for strategy in UNSCORED + SCORED]
+
+
 def perform(run: Run) -> None:
     """Converts and measures, then leaves the numbers alone."""
     from ssmorph.stages.rundir import atomic_write

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .conversions import converted, keep, kept
+from .conversions import converted, keep, kept, scored
 
 RECIPES = Path("configs/study")
 # the rates tried first for the stage that trains on logits; peers train all weights with absolute steps
@@ -126,10 +126,6 @@ def best_peer() -> str | None:
 
 def perform(run: Run) -> None:
     """Converts and scores, then leaves the numbers alone."""
-    from ssmorph.stages.evaluate import heldout_sets
-    from ssmorph.stages.scores import Candidate, score
-    from ssmorph.stages.suite import suite_named
-
     changes = [*WITHOUT.get(run.without, ()), f"budget={run.budget}", f"seed={run.seed}"]
     changes.append(f"student.layers={run.layers}")
     if run.without != "KL":
@@ -137,19 +133,7 @@ def perform(run: Run) -> None:
     if run.recipe in ALL_TRAINED:
         changes.append(f"stages.logits.optim.rest_lr={run.rate}")
     done = converted(run.name, RECIPES / f"{run.recipe}.yaml", changes)
-    _, windows_WL = heldout_sets(done.data, 512, suite_named("short", HELD_OUT, 512))[0]
-    scores = score(done.teacher, [Candidate("hybrid", done.student)], windows_WL)
-    teacher_row, row = scores["teacher"].summary(), scores["hybrid"].summary()
-    result = {
-        **run._asdict(),
-        "ratio": row["perplexity"] / teacher_row["perplexity"],
-        "kl": row["kl"],
-        "top1": row["top1"],
-        "teacher_perplexity": teacher_row["perplexity"],
-        "held_out_tokens": row["tokens"],
-        "cpu_minutes": round(done.cpu_minutes, 1),
-    }
-    keep(run.name, result)
+    keep(run.name, {**run._asdict(), **scored(done, tokens=HELD_OUT)})
 
 
 def main() -> None:

@@ -1,0 +1,158 @@
+"""Writes the tables of docs/quality.md from benchmarks/quality/results: `python -m benchmarks.quality.tables`.
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`; the words around them are written by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import beyond, calibration, heads, placement, study
+from .conversions import kept
+
+PAGE = Path("docs/quality.md")
+TITLES = {
+    "ours": "ours, `mamba2`", "mohawk": "MOHAWK", "mambainllama": "The Mamba in the Llama", "matvlm": "MaTVLM",
+    "radlads": "RADLADS",
+}  # fmt: skip
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def rates() -> str:
+    """Every rate that was tried at the smallest budget."""
+    rows = []
+    for recipe in study.RATES:
+        tried = {rate: study.Run(recipe, study.TUNING, rate, 0).result() for rate in study.rates(recipe)}
+        done = {rate: r for rate, r in tried.items() if r is not None}
+        best = min(done, key=lambda rate: done[rate]["kl"], default=None)
+        bold = {rate: "**" if rate == best and len(done) == len(tried) else "" for rate in done}
+        cells = (f"{bold[r]}{r:g}: {done[r]['ratio']:.3g}, {done[r]['kl']:.3f}{bold[r]}" for r in done)
+        missing = len(tried) - len(done)
+        rows.append([TITLES[recipe], "; ".join(cells) + (f"; {missing} not run yet" if missing else "")])
+    return table(("recipe", "rate: x teacher, KL after 10k tokens"), rows)
+
+
+def recipes() -> str:
+    """Each recipe at its best rate, by budget; the mean of the seeds that are there."""
+    columns = [(study.MIDDLE, "uniform-15"), (study.LARGE, "uniform-15"), (study.LARGE, "all")]
+    rows = []
+    for recipe in study.RATES:
+        rate, cells = study.best_rate(recipe), []
+        for budget, layers in columns:
+            runs = [study.Run(recipe, budget, rate, seed, layers) for seed in study.SEEDS] if rate else []
+            done = [r for run in runs if (r := run.result()) is not None]
+            cells.append(_mean(done))
+        rows.append([TITLES[recipe], *cells])
+    head = ["recipe", *(f"{budget // 1000}k tokens, {layers}" for budget, layers in columns)]
+    return table(head, rows)
+
+
+def _mean(done: list[dict[str, Any]]) -> str:
+    if not done:
+        return "not run"
+    excess, kl = (sum(values) / len(done) for values in ([math.log(r["ratio"]) for r in done], [r["kl"] for r in done]))
+    return f"{math.exp(excess):.3g}, {kl:.3f}" + (f" ({len(done)} seeds)" if len(done) > 1 else "")
+
+
+def ingredients() -> str:
+    """Ours without each of its ingredients."""
+    rate = study.best_rate("ours")
+    whole = study.Run("ours", study.MIDDLE, rate, 0).result() if rate else None
+    rows = [["nothing", _mean([whole] if whole else [])]]
+    rows += [
+        [run.without.replace("-", " "), _mean([r] if (r := run.result()) else [])] for run in study.leave_one_out()
+    ]
+    return table(("left out", "x teacher, KL after 30k tokens"), rows)
+
+
+def states() -> str:
+    """Windows with and without a state."""
+    rows = []
+    for run in beyond.runs():
+        result = kept(run.name)
+        if result is not None:
+            late = next(r for r in result["positions"] if r["from"] == beyond.EDGES[-2])
+            short = [_pair(result["windows"].get(str(n))) for n in beyond.SHORTER]
+            found = [f"{result['retrieval'][f'{task} {n}']:.0%}" for task in beyond.TASKS for n in beyond.LENGTHS]
+            rows.append([run.layers, beyond.TITLES[run.mixer], *short, _pair(late), *found])
+    teacher = kept("beyond-teacher")
+    if teacher is not None:
+        found = [f"{teacher['retrieval'][f'{task} {n}']:.0%}" for task in beyond.TASKS for n in beyond.LENGTHS]
+        rows.append(["", "teacher", "1", "1", "1", *found])
+    tasks = [f"{task}, {n}" for task in beyond.TASKS for n in beyond.LENGTHS]
+    lengths = [f"windows of {n}" for n in beyond.SHORTER]
+    return table(("converted", "layer", *lengths, f"from {beyond.EDGES[-2]} to 4095", *tasks), rows)
+
+
+def _pair(row: dict[str, float] | None) -> str:
+    return "not run" if row is None else f"{row['ratio']:.3f}, {row['kl']:.3f}"
+
+
+def layers() -> str:
+    """Every placement that has run."""
+    rows = []
+    for run in placement.all_runs():
+        result = run.result()
+        if result is not None:
+            attention = [i for i in range(30) if i not in result["converted"]]
+            pairs = [_pair(result[stage]) for stage in ("calibrated", "trained")]
+            rows.append([run.strategy, ", ".join(map(str, attention)), *pairs, f"{result['cpu_minutes']}"])
+    return table(("placement", "keeps attention in", "calibrated: x teacher, KL", "trained", "CPU minutes"), rows)
+
+
+def tokens() -> str:
+    """Calibration alone, by layers and tokens."""
+    rows = [
+        [chosen, *(_pair(kept(calibration.name(chosen, size))) for size in calibration.TOKENS)]
+        for chosen in calibration.LAYERS
+    ]
+    return table(("converted", *(f"{size // 1000}k tokens" for size in calibration.TOKENS)), rows)
+
+
+def some_heads() -> str:
+    """A few heads kept, calibrated."""
+    rows = []
+    for choice in heads.CHOICES:
+        result = kept(f"heads-{choice}")
+        if result is not None:
+            rows.append([choice, *_heads_row(result["student"])])
+            last = result["teacher"]
+    rows.append(["all: the teacher", *_heads_row(last)])
+    return table(("kept heads, of 135", "x teacher, KL", "values named", "cache"), rows)
+
+
+def _heads_row(row: dict[str, float]) -> list[str]:
+    return [_pair(row), f"{row['named']:.3f}", f"{row['cache_bytes'] / 2**20:.1f} MiB"]
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "rates": rates, "recipes": recipes, "ingredients": ingredients, "states": states, "layers": layers,
+    "tokens": tokens, "heads": some_heads,
+}  # fmt: skip
+
+
+def filled(page: str) -> str:
+    """The page with every table as the results have it."""
+    for name, make in TABLES.items():
+        before, _, rest = page.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("\n<!-- end -->")
+        assert end, f"the page has no place for the table {name}"
+        page = f"{before}<!-- {name} -->\n{make()}{end}{after}"
+    return page
+
+
+def main() -> None:
+    """Rewrites the page's tables."""
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"{PAGE}: {len(TABLES)} tables")
+
+
+if __name__ == "__main__":
+    main()
