@@ -9,18 +9,14 @@ of a key is named on key-value probes of another seed than the one that chose he
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
+from .conversions import Converted, converted, keep, kept, scored
+
 RECIPE = Path("configs/smollm2/135m-mamba2.yaml")
-RESULTS = Path(__file__).parent / "results"
-RUNS = Path("runs/heads")
-CALIBRATION, HELD_OUT, CONTEXT = 8_192, 4_096, 4_096
+HELD_OUT, CONTEXT = 4_096, 4_096
+STAGES = "stages=[{kind: surgery}, {kind: calibrate, tokens: 8192}]"
 PROBES, PROBE_SEED = 32, 1
 CHOICES = ("none", "retrieval-20", "spread-20", "retrieval-40")
 
@@ -42,50 +38,27 @@ def student_of(choice: str) -> list[str]:
 
 
 def perform(choice: str) -> None:
-    """Converts up to calibration and measures, then leaves the numbers alone."""
-    from ssmorph.stages.rundir import atomic_write
-    from ssmorph.verbs import convert
-
-    folder, changes = RUNS / choice, [f"stages.calibrate.tokens={CALIBRATION}", "threads=1", *student_of(choice)]
-    started = time.process_time()
-    convert(RECIPE, *changes, run_dir=str(folder), until="calibrate", say=lambda text: print(f"  {text}", flush=True))
-    minutes = (time.process_time() - started) / 60
-    plan = json.loads((folder / "plan.json").read_text())
-    result = {
-        "heads": " ".join(f"{layer}.{head}" for layer, head in plan.get("heads", [])), **measured(folder),
-        "cpu_minutes": round(minutes, 1), "date": datetime.date.today().isoformat(),
-        "machine": platform.processor() or platform.machine(),
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    atomic_write(RESULTS / f"heads-{choice}.json", json.dumps(result, indent=1) + "\n")
-    shutil.rmtree(folder)
+    """Converts and calibrates and measures, then leaves the numbers alone."""
+    done = converted(f"heads-{choice}", RECIPE, [STAGES, *student_of(choice)])
+    chosen = [f"{i}.{head}" for i, mixer in done.student.mixers().items() for head in mixer.shape.kept]
+    keep(f"heads-{choice}", {"heads": " ".join(chosen), **measured(done)})
 
 
-def measured(folder: Path) -> dict[str, Any]:
+def measured(done: Converted) -> dict[str, Any]:
     """The teacher's and the student's numbers."""
     import torch
 
-    from ssmorph.convert.teachers import load_teacher
-    from ssmorph.stages.artifact import load_student
-    from ssmorph.stages.data import PackedData
     from ssmorph.stages.decode import filled_cache, measure_bytes
-    from ssmorph.stages.evaluate import heldout_sets
     from ssmorph.stages.head_probe import key_value_probes
-    from ssmorph.stages.scores import Candidate, score
-    from ssmorph.stages.suite import suite_named
 
-    teacher, tokenizer = load_teacher("smollm2-135m")
-    student = load_student(folder / "1-calibrate" / "student", teacher, own_rest=False)
-    _, windows_WL = heldout_sets(PackedData(folder / "data"), 512, suite_named("short", HELD_OUT, 512))[0]
-    scores = score(teacher, [Candidate("student", student)], windows_WL)
-    rows = {name: s.summary() for name, s in scores.items()}
-    tokens_BL, asked_T = key_value_probes(tokenizer, PROBE_SEED, PROBES)
-    found: dict[str, Any] = {"held_out_tokens": rows["teacher"]["tokens"]}
-    for name, model in (("teacher", teacher), ("student", student)):
+    row = scored(done, tokens=HELD_OUT)
+    tokens_BL, asked_T = key_value_probes(done.tokenizer, PROBE_SEED, PROBES)
+    found: dict[str, Any] = {"held_out_tokens": row["held_out_tokens"], "cpu_minutes": row["cpu_minutes"]}
+    for name, model in (("teacher", done.teacher), ("student", done.student)):
         with torch.no_grad():
             named_BT = model(tokens_BL).logits[:, asked_T - 1].argmax(-1)
         found[name] = {
-            "ratio": rows[name]["perplexity"] / rows["teacher"]["perplexity"], "kl": rows[name]["kl"],
+            "ratio": row["ratio"] if name == "student" else 1.0, "kl": row["kl"] if name == "student" else 0.0,
             "named": float((named_BT == tokens_BL[:, asked_T]).float().mean()),
             "cache_bytes": measure_bytes(filled_cache(model, CONTEXT)),
         }  # fmt: skip
@@ -97,9 +70,8 @@ def print_table() -> None:
     print(f"{'heads':14} x teacher     KL  values named  cache at {CONTEXT} tokens")
     shown: dict[str, Any] = {}
     for choice in CHOICES:
-        file = RESULTS / f"heads-{choice}.json"
-        if file.is_file():
-            result = json.loads(file.read_text())
+        result = kept(f"heads-{choice}")
+        if result is not None:
             shown |= {"teacher": result["teacher"], choice: result["student"]}
     for name, row in shown.items():
         size = f"{row['cache_bytes'] / 2**20:.1f} MiB"
@@ -113,7 +85,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs="*", default=CHOICES, choices=CHOICES)
     arguments = parser.parse_args()
     for choice in [] if arguments.table else arguments.heads:
-        if not (RESULTS / f"heads-{choice}.json").is_file():
+        if kept(f"heads-{choice}") is None:
             print(choice, flush=True)
             perform(choice)
     print_table()

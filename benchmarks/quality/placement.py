@@ -13,10 +13,8 @@ documents, after calibration alone and after KL.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import platform
 import shutil
 import time
 from pathlib import Path
@@ -24,9 +22,9 @@ from typing import Any, NamedTuple
 
 from ssmorph.convert.plan import SCORED, UNSCORED
 
+from .conversions import RUNS, TEACHER, keep, kept
+
 RECIPE = Path("configs/study/ours.yaml")
-RESULTS = Path(__file__).parent / "results"
-RUNS = Path("runs/placement")
 CONVERTED = 22
 CALIBRATION = 8_192
 # the best of benchmarks.quality.study at 10k tokens
@@ -49,8 +47,7 @@ class Run(NamedTuple):
 
     def result(self) -> dict[str, Any] | None:
         """What it came to, if it is done."""
-        file = RESULTS / f"{self.name}.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return kept(self.name)
 
 
 def all_runs(mixer: str = "mamba2", tokens: int = 10_000) -> list[Run]:
@@ -60,7 +57,6 @@ def all_runs(mixer: str = "mamba2", tokens: int = 10_000) -> list[Run]:
 
 def perform(run: Run) -> None:
     """Converts and measures, then leaves the numbers alone."""
-    from ssmorph.stages.rundir import atomic_write
     from ssmorph.verbs import convert
 
     folder, shared = RUNS / run.name, RUNS / f"scores-{run.mixer}"
@@ -81,15 +77,11 @@ def perform(run: Run) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     result = {
         **run._asdict(), "converted": plan["layers"], "scores": plan.get("scores"), "calibration_tokens": CALIBRATION,
-        "rate": RATE,
-        **measured(folder), "cpu_minutes": round(minutes, 1),
-        "date": datetime.date.today().isoformat(), "machine": platform.processor() or platform.machine(),
+        "rate": RATE, **measured(folder), "cpu_minutes": round(minutes, 1),
     }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    atomic_write(RESULTS / f"{run.name}.json", json.dumps(result, indent=1) + "\n")
     if (folder / "placement").is_dir():
         shutil.copytree(folder / "placement", shared, dirs_exist_ok=True)
-    shutil.rmtree(folder)
+    keep(run.name, result)
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -102,7 +94,7 @@ def measured(folder: Path) -> dict[str, Any]:
     from ssmorph.stages.scores import Candidate, score
     from ssmorph.stages.suite import suite_named
 
-    teacher, tokenizer = load_teacher("smollm2-135m")
+    teacher, tokenizer = load_teacher(TEACHER)
     data = PackedData(folder / "data")
     stages = {"calibrated": "1-calibrate", "trained": "2-logits"}
     students = [Candidate(k, load_student(folder / s / "student", teacher, own_rest=False)) for k, s in stages.items()]

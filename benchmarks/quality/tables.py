@@ -142,9 +142,9 @@ def filled(page: str) -> str:
     """The page with every table as the results have it."""
     for name, make in TABLES.items():
         before, _, rest = page.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("\n<!-- end -->")
+        _, end, after = rest.partition("<!-- end -->")
         assert end, f"the page has no place for the table {name}"
-        page = f"{before}<!-- {name} -->\n{make()}{end}{after}"
+        page = f"{before}<!-- {name} -->\n{make()}\n{end}{after}"
     return page
 
 
