@@ -314,11 +314,15 @@ STAGES: dict[str, type] = {"surgery": SurgeryStage, "calibrate": CalibrateStage,
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """How much the closing evaluation measures; `short` is what the demo runs."""
+    """How much the closing evaluation measures; `short` is what the demo runs.
+
+    `trained_controls`: windows without a state are trained on the same tokens and compared, which takes as long again.
+    """
 
     suite: Literal["none", "short", "full"] = "short"
     tokens: int = 6_144
     controls: bool = True
+    trained_controls: bool = False
 
 
 def default_stages() -> tuple[Stage, ...]:

@@ -27,6 +27,8 @@ from .scores import Candidate, Scores, by_position, score
 from .silence import own_window
 from .suite import Suite
 
+# who is asked for what was stated before, beside the teacher
+RETRIEVING = ("hybrid", "window", "window_trained")
 # tokens of a prompt to continue
 PROMPT = 32
 
@@ -44,19 +46,19 @@ def evaluate(
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
     earlier: Sequence[tuple[str, Loader]] = (),
-    placements: Sequence[tuple[str, Loader]] = (),
+    further: Sequence[tuple[str, Loader]] = (),
 ) -> dict[str, Any]:
     """Everything report.json holds, as plain lists and numbers.
 
     Args:
         earlier: the name of each stage before the last, and what loads the student that it left.
-        placements: further controls, which show whether the choice of layers was worth it.
+        further: more students to compare with, and what loads or makes them: names of stages/report.py.
     """
     started = time.monotonic()
     layers = sorted(hybrid.mixers())
     rivals = _controls(teacher, hybrid, spec, layers, seed) if controls and layers else []
-    placed = [Candidate(name, load()) for name, load in placements]
-    candidates = [Candidate("hybrid", hybrid), *rivals, *placed]
+    beside = [Candidate(name, load()) for name, load in further]
+    candidates = [Candidate("hybrid", hybrid), *rivals, *beside]
     window_tokens = _window(teacher, hybrid) if layers else 0
     report: dict[str, Any] = {
         "converted": layers,
@@ -73,10 +75,10 @@ def evaluate(
             report["text"].append({"set": name, "window": length, **_scored(teacher, some, sources)})
     report |= _inside(teacher, hybrid, spec, data, suite, earlier, say) if layers else {}
     report["retrieval"] = _retrieval(
-        teacher, [c for c in candidates if c.name in ("hybrid", "window")], data, tokenizer, suite, seed
+        teacher, [c for c in candidates if c.name in RETRIEVING], data, tokenizer, suite, seed
     )
     report["tasks"] = _tasks(
-        [Candidate("teacher", teacher), *(c for c in candidates if c.name in ("hybrid", "window"))],
+        [Candidate("teacher", teacher), *(c for c in candidates if c.name in RETRIEVING)],
         data, tokenizer, suite, seed, say,
     )  # fmt: skip
     report["generation"] = _generation(teacher, hybrid, data, tokenizer, suite, say)

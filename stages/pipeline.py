@@ -52,6 +52,7 @@ from .mixing import run_mixing
 from .offline import check_stamps, check_stored
 from .placement import control_students, converted_before_scores, described, placed_layers
 from .recipe import difference, dump, load_saved
+from .rivals import trained_windows
 from .rundir import RunDir, atomic_folder, atomic_write, disk_errors, remove_folder
 from .suite import suite_named
 from .targets import check_targets
@@ -246,10 +247,11 @@ def _run_stage(ctx: Context, index: int, stage: Stage, layers: tuple[int, ...], 
     return dataclasses.asdict(run_logits(ctx, index, stage))
 
 
-def placement_controls(ctx: Context) -> list[tuple[str, Callable[[], Any]]]:
-    """What loads the two students that show whether scores were worth it, where the evaluation wants controls."""
-    layers = tuple(sorted(ctx.student.mixers()))
-    return control_students(ctx, layers, run_stages) if ctx.config.evaluate.controls else []
+def further_controls(ctx: Context) -> list[tuple[str, Callable[[], Any]]]:
+    """What makes the students to compare with: of a scored placement's control, and trained windows if wanted."""
+    wanted, layers = ctx.config.evaluate, tuple(sorted(ctx.student.mixers()))
+    placements = control_students(ctx, layers, run_stages) if wanted.controls else []
+    return placements + (trained_windows(ctx, run_stages) if wanted.trained_controls else [])
 
 
 def _finish(ctx: Context) -> None:
@@ -271,7 +273,7 @@ def _finish(ctx: Context) -> None:
         report = evaluate(ctx.teacher, ctx.student, ctx.spec, ctx.data, ctx.tokenizer, suite,
                           controls=config.evaluate.controls, seed=config.seed, say=say,
                           earlier=earlier_students(run.path, config, ctx.teacher),
-                          placements=placement_controls(ctx))  # fmt: skip
+                          further=further_controls(ctx))  # fmt: skip
         report = {"stamp": stamp, **report}
         run.write_json("report.json", report)
     ctx.stop.check()

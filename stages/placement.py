@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -33,27 +33,24 @@ from ssmorph.convert.surgery import MixerChoice, shape_of
 from .config import (
     CALIBRATION_BATCH,
     CalibrateStage,
-    EvaluateConfig,
     LogitsStage,
     OptimConfig,
     PlacementConfig,
     RunConfig,
     Stage,
+    StudentConfig,
     SurgeryStage,
     as_dict,
 )
 from .context import Context
 from .head_probe import head_importance
+from .nested import RunStages, plain_config, staged_student
 from .placement_gates import GateState, train_gates
-from .recipe import dump, load_saved
-from .rundir import RunDir, atomic_write, remove_folder
+from .rundir import RunDir, remove_folder
 from .scores import Candidate, score
 from .silence import restored
-from .tracking import NoTracker
 
 FOLDER = "placement"
-# what runs a context's stages on these layers up to an index: the pipeline, which imports this module
-RunStages = Callable[[Context, tuple[int, ...], int], None]
 FLOAT32 = 4
 
 
@@ -133,7 +130,7 @@ class Scoring:
 
     def _stamp(self) -> dict[str, Any]:
         """All that the scores depend on."""
-        config = _plain_config(self.ctx.config, (SurgeryStage(),))
+        config = plain_config(self.ctx.config, (SurgeryStage(),))
         placement = as_dict(dataclasses.replace(self.ctx.config.placement, cache_mib=None, context=1))
         return {"config": as_dict(config), "placement": placement, "kept": self.kept if self.name == "gates" else None}
 
@@ -142,7 +139,9 @@ class Scoring:
         self.ctx.run.write_json(self.file, self.record)
 
     def _student(self, stages: tuple[Stage, ...]) -> Any:
-        return staged_student(self.ctx, self.name, tuple(range(self.total)), stages, self.run_stages)
+        return staged_student(
+            self.ctx, f"{FOLDER}/{self.name}", _of(self.ctx, range(self.total)), stages, self.run_stages
+        )
 
     def _remove_student(self) -> None:
         folder = self.ctx.run.path / FOLDER / self.name
@@ -210,39 +209,9 @@ class Scoring:
         self._save(scores=gates)
 
 
-def staged_student(
-    ctx: Context, name: str, layers: tuple[int, ...], stages: tuple[Stage, ...], run_stages: RunStages
-) -> Any:
-    """The student that `stages` make of `layers`, in the run directory placement/NAME; resumed where it is of them."""
-    folder = ctx.run.path / FOLDER / name
-    config = dataclasses.replace(
-        _plain_config(ctx.config, stages),
-        run_dir=str(folder),
-        student=dataclasses.replace(ctx.config.student, layers=layers),
-    )
-    if (folder / "config.yaml").is_file() and load_saved(folder) != config:
-        remove_folder(folder)
-    ctx.run.stage_dir(FOLDER)
-    with RunDir(folder) as run:
-        atomic_write(folder / "config.yaml", dump(config))
-        tracker = NoTracker()
-        say = partial(_prefixed, ctx.say, f"placement {name}: ")
-        own = dataclasses.replace(ctx, config=config, run=run, student=None, say=say, tracker=tracker)
-        run_stages(own, layers, len(stages) - 1)
-    own.student.requires_grad_(False)
-    return own.student
-
-
-def _prefixed(say: Callable[[str], None], prefix: str, text: str) -> None:
-    say(prefix + text)
-
-
-def _plain_config(config: RunConfig, stages: tuple[Stage, ...]) -> RunConfig:
-    """The part of a recipe that a student under placement/ depends on."""
-    return dataclasses.replace(
-        config, run_dir=FOLDER, stages=stages, student=dataclasses.replace(config.student, layers="all"),
-        placement=PlacementConfig(), evaluate=EvaluateConfig(), threads=None, tracker="none",
-    )  # fmt: skip
+def _of(ctx: Context, layers: Iterable[int]) -> StudentConfig:
+    """The recipe's student, of these layers."""
+    return dataclasses.replace(ctx.config.student, layers=tuple(layers))
 
 
 def _calibration(placement: PlacementConfig, inputs: Literal["student", "teacher"]) -> CalibrateStage:
@@ -263,7 +232,7 @@ def control_students(
     stages = (SurgeryStage(), _calibration(ctx.config.placement, "student"))
 
     def make(name: str, chosen: tuple[int, ...]) -> Any:
-        student = staged_student(ctx, name, chosen, stages, run_stages)
+        student = staged_student(ctx, f"{FOLDER}/{name}", _of(ctx, chosen), stages, run_stages)
         remove_folder(ctx.run.path / FOLDER / name)
         return student
 

@@ -20,7 +20,7 @@ from .data import PackedData, open_or_pack
 from .evaluate import evaluate
 from .health import inspect_final
 from .machine import set_products
-from .pipeline import placement_controls
+from .pipeline import further_controls
 from .recipe import load_saved
 from .rundir import RunDir
 from .suite import suite_named
@@ -70,7 +70,7 @@ def reevaluate(folder: Path, suite: str, tokens: int | None, say: Callable[[str]
                             suite_named(suite, tokens or config.evaluate.tokens, config.data.window),
                             controls=config.evaluate.controls, seed=config.seed, say=say,
                             earlier=earlier_students(folder, config, teacher),
-                            placements=placement_controls(ctx))  # fmt: skip
+                            further=further_controls(ctx))  # fmt: skip
         done = run.done(config.stage_names()[-1])
         assert done is not None
         wanted = {**as_dict(config.evaluate), "suite": suite, "tokens": tokens or config.evaluate.tokens}

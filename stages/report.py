@@ -19,6 +19,8 @@ NAMES = {
     "removed": "control: attention removed",
     "own_window": "control: the layer's own window",
     "window": "control: window of equal bytes",
+    "own_window_trained": "control: its own window, trained alike",
+    "window_trained": "control: window of equal bytes, trained alike",
     "placed": "control: this placement, calibrated",
     "uniform": "control: uniform placement, calibrated",
 }

@@ -166,16 +166,20 @@ def _hidden(report: Report) -> Iterator[str]:
             )
 
 
-def _window(report: Report) -> Iterator[str]:
+def _window(report: Report, name: str = "window", how: str = "an untrained window") -> Iterator[str]:
     tokens = (report.get("window_control") or {}).get("tokens")
-    for what, models in _text(report, "window"):
-        own, rival = models["hybrid"]["kl"], models["window"]["kl"]
+    for what, models in _text(report, name):
+        own, rival = models["hybrid"]["kl"], models[name]["kl"]
         # written so that NaN loses
         if not own <= rival:
             yield (
-                f"On {what} an untrained window of {tokens} tokens in the same bytes is closer to the teacher"
+                f"On {what} {how} of {tokens} tokens in the same bytes is closer to the teacher"
                 f" (KL {rival:.3f}) than the hybrid ({own:.3f})."
             )
+
+
+def _trained_window(report: Report) -> Iterator[str]:
+    yield from _window(report, "window_trained", "a window trained on the same text,")
 
 
 def _placement(report: Report) -> Iterator[str]:
@@ -200,5 +204,6 @@ RULES: tuple[tuple[str, str, Callable[[Report], Iterator[str]]], ...] = (
     ("generation-bad", "generation", _generation),
     ("hidden-damage", "text", _hidden),
     ("worse-than-window", "text", _window),
+    ("worse-than-trained-window", "text", _trained_window),
     ("uniform-is-better", "text", _placement),
 )

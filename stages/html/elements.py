@@ -18,6 +18,8 @@ NAMES = {
     "removed": "attention removed",
     "own_window": "W: the layer's own window alone",
     "window": "E: window of equal bytes, untrained",
+    "own_window_trained": "W, trained as the hybrid was",
+    "window_trained": "E, trained as the hybrid was",
     "placed": "this placement, calibrated, untrained",
     "uniform": "uniform placement, calibrated, untrained",
     "silenced": "hybrid, states silenced",

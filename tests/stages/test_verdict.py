@@ -157,6 +157,13 @@ def with_hybrid(**row: float) -> dict[str, Any]:
     return report
 
 
+def with_trained_window(kl: float) -> dict[str, Any]:
+    report = plain()
+    models = report["text"][0]["models"]
+    models["window_trained"] = {**models["window"], "kl": kl}
+    return report
+
+
 def with_generation(**row: float) -> dict[str, Any]:
     report = plain()
     report["generation"]["models"]["hybrid"].update(row)
@@ -179,6 +186,8 @@ def with_retrieval(probes: int, taught: float, own: float) -> dict[str, Any]:
         (with_hybrid(perplexity=14.0, kl=0.09), set()),
         (with_hybrid(perplexity=math.inf), {"not-finite"}),
         (with_hybrid(kl=0.15), {"worse-than-window"}),
+        (with_trained_window(0.04), {"worse-than-trained-window"}),
+        (with_trained_window(0.06), set()),
         (with_generation(repeated_4=0.8), {"answer-collapse", "generation-bad"}),
         (with_generation(teacher_nll=3.0), {"generation-bad"}),
         (with_generation(length=2.0), {"generation-bad"}),

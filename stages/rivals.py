@@ -1,0 +1,49 @@
+"""The window controls, trained: the same layers, stages and tokens as the hybrid, without a state.
+
+E is a window as large as all that the hybrid's mixer holds; W, for a mixer with a window, is that window alone. What a
+state is worth is the difference to E.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ssmorph.convert.families import attention_shape
+
+from .config import MixingStage, StudentConfig
+from .context import Context
+from .controls import SINKS, equal_window
+from .nested import RunStages, staged_student
+from .silence import own_window
+
+FOLDER = "rivals"
+
+
+def trained_windows(ctx: Context, run_stages: RunStages) -> list[tuple[str, Callable[[], Any]]]:
+    """(name, loader) of the trained W and E of a finished student; a loader trains where that is not done yet."""
+    mixers = ctx.student.mixers()
+    if not mixers:
+        return []
+    shape = next(iter(mixers.values())).shape
+    window, own = (
+        equal_window(shape, attention_shape(ctx.teacher.config), ctx.teacher.dtype),
+        own_window(mixers[min(mixers)]),
+    )
+    sinks = SINKS if own is None else own[1]
+    students = {"window_trained": _window(ctx, sorted(mixers), window, sinks)}
+    if own is not None:
+        students = {"own_window_trained": _window(ctx, sorted(mixers), sum(own), sinks), **students}
+    # a window has no mixing matrix to align
+    stages = tuple(stage for stage in ctx.config.stages if not isinstance(stage, MixingStage))
+    return [
+        (name, partial(staged_student, ctx, f"{FOLDER}/{name}", student, stages, run_stages))
+        for name, student in students.items()
+    ]
+
+
+def _window(ctx: Context, layers: list[int], window: int, sinks: int) -> StudentConfig:
+    student = dataclasses.replace(ctx.config.student, mixer="window", layers=tuple(layers), window=window, sinks=sinks)
+    return dataclasses.replace(student, heads=StudentConfig().heads)
