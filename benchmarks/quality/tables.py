@@ -35,7 +35,9 @@ def rates() -> str:
         bold = {rate: "**" if rate == best and len(done) == len(tried) else "" for rate in done}
         cells = (f"{bold[r]}{r:g}: {done[r]['ratio']:.3g}, {done[r]['kl']:.3f}{bold[r]}" for r in done)
         missing = len(tried) - len(done)
-        rows.append([f"{TITLES[recipe]} (`{recipe}.yaml`)", "; ".join(cells) + (f"; {missing} not run yet" if missing else "")])
+        rows.append(
+            [f"{TITLES[recipe]} (`{recipe}.yaml`)", "; ".join(cells) + (f"; {missing} not run yet" if missing else "")]
+        )
     return table(("recipe", "rate: x teacher, KL after 10k tokens"), rows)
 
 
