@@ -3,7 +3,7 @@
 `python -m benchmarks.quality.beyond` converts SmolLM2-135M (15, 22 and 30 of 30 layers) to `windowed_mamba2` and to
 `window` (E: the bytes of the former; W: its window alone). Measured are perplexity and KL by position in held-out
 windows of 4096, and retrieval from further away than any window reaches. `--table` prints what is there, `--only
-PREFIX...` picks some.
+PREFIX...` picks some, `--of RUN_DIR` measures any finished run in the same way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .conversions import Converted, converted, keep, kept, scored
+from .conversions import Converted, converted, keep, kept, opened, scored
 
 RECIPE = Path("configs/smollm2/135m-demo.yaml")
 LAYERS = ("all", "uniform-22", "uniform-15")
@@ -115,7 +115,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="+", default=[""])
+    parser.add_argument("--of", type=Path)
     arguments = parser.parse_args()
+    if arguments.of is not None:
+        done = opened(arguments.of)
+        row = {**positions(done), "windows": windows(done), "retrieval": retrieval(done, done.student)}
+        print_row(str(arguments.of), row)
+        return
     for run in [] if arguments.table else runs():
         if kept(run.name) is None and f"{run.mixer}-{run.layers}".startswith(tuple(arguments.only)):
             print(run.name, flush=True)

@@ -28,15 +28,20 @@ class Converted(NamedTuple):
 
 def converted(name: str, recipe: Path, changes: Sequence[str]) -> Converted:
     """Runs `recipe` with `changes`, or goes on with the run of this name."""
-    from ssmorph.convert.teachers import load_teacher
-    from ssmorph.stages.artifact import load_student
-    from ssmorph.stages.data import PackedData
     from ssmorph.verbs import convert
 
     folder = RUNS / name
     started = time.process_time()
     convert(recipe, *changes, "evaluate.suite=none", run_dir=str(folder), say=lambda text: None)
-    minutes = (time.process_time() - started) / 60
+    return opened(folder, (time.process_time() - started) / 60)
+
+
+def opened(folder: Path, minutes: float = 0.0) -> Converted:
+    """A finished run."""
+    from ssmorph.convert.teachers import load_teacher
+    from ssmorph.stages.artifact import load_student
+    from ssmorph.stages.data import PackedData
+
     teacher, tokenizer = load_teacher(TEACHER)
     last = max((f for f in folder.iterdir() if f.name[0].isdigit()), key=lambda f: int(f.name.split("-")[0]))
     student = load_student(last / "student", teacher, own_rest=False)
