@@ -23,8 +23,8 @@ from .mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from .moments import Moments
 from .start import conv_bias, conv_rows
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
-SWEEPS = 2
+RIDGES = (1.0, 10.0, 100.0)
+SWEEPS = 1
 
 
 @torch.no_grad()

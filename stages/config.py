@@ -213,9 +213,12 @@ class CalibrateStage:
     tokens: int = 16_384
     decay: Literal["output", "distance"] = "output"
     inputs: Literal["student", "teacher"] = "student"
+    values: bool = False
+    refine_steps: int = 0
 
     def __post_init__(self) -> None:
         _require(self.tokens > 0, "calibrate.tokens", "must be positive", self.tokens, "Use 16384.")
+        _require(self.refine_steps >= 0, "calibrate.refine_steps", "must not be negative", self.refine_steps, "Use 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
