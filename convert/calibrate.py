@@ -41,7 +41,7 @@ ERROR_REMOVED = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """Where decays come from (a head's output, or its attention distance), whose hidden states are fitted, and what more.
+    """Where decays come from (a head's output, or its attention distance), and whose hidden states are fitted.
 
     `values` refits value and output rows together, head by head (discrete_mamba2 alone); `refine_steps` gradient
     steps follow in every layer.
@@ -175,7 +175,7 @@ class _Layer:
             def answer(u_BLD: Tensor) -> Tensor:
                 return output(self._features(u_BLD))
 
-            own = {**_fitted(self.mixer), "output.weight": output.weight}
+            own = _fitted(self.mixer) | dict(output.named_parameters(prefix="output"))
             changes.append(partial(refine, own, answer, inputs[:split], targets[:split], self.options.refine_steps))
         return changes
 

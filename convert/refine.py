@@ -30,9 +30,7 @@ def refine(
     frozen = [p for p in parameters.values() if not p.requires_grad]
     for p in frozen:
         p.requires_grad_(True)
-    groups = [
-        {"params": [p], "relative": name.rpartition(".")[2] not in LOGARITHMS} for name, p in parameters.items()
-    ]
+    groups = [{"params": [p], "relative": name.rpartition(".")[2] not in LOGARITHMS} for name, p in parameters.items()]
     optim = RelativeAdamW(groups, lr=RATE, betas=BETAS)
     for step in range(steps):
         for group in optim.param_groups:

@@ -1,9 +1,9 @@
 """Value and output path of one head together, the best pair of P channels: for mixers that are linear in it.
 
-With identity convolution, constant gate and no norm a head adds `M_h [U, 1] W_vo` to the layer's output. `W_vo` is a ridge
-regression on `X = M_h [U, 1]`, cut to rank P in the metric of what it is fitted on: with `K = X'X + ridge` and V the P
-foremost eigenvectors of `W'KW`, no other map of rank P is closer to W than `(W V) V'`. W V becomes the rows of x and their
-bias, V' the columns of out_proj. Heads take turns, each on what the others leave.
+With identity convolution, constant gate and no norm a head adds `M_h [U, 1] W_vo` to the layer's output. `W_vo` is a
+ridge regression on `X = M_h [U, 1]`, cut to rank P in the metric of what it is fitted on: with `K = X'X + ridge` and V
+the P foremost eigenvectors of `W'KW`, no other map of rank P is closer to W than `(W V) V'`. W V becomes the rows of x
+and their bias, V' the columns of out_proj. Heads take turns, each on what the others leave.
 
 B batch, L length, D model width, H heads, P head width, I = D + 1.
 """
@@ -41,9 +41,7 @@ def fit_values(mixer: DiscreteMamba2Mixer, inputs: Sequence[Tensor], targets: Se
             _refit(mixer, head, inputs, left, len(inputs) - judge)
 
 
-def _refit(
-    mixer: DiscreteMamba2Mixer, head: int, inputs: Sequence[Tensor], left: list[Tensor], split: int
-) -> None:
+def _refit(mixer: DiscreteMamba2Mixer, head: int, inputs: Sequence[Tensor], left: list[Tensor], split: int) -> None:
     width = mixer.shape.head_dim
     block = slice(head * width, (head + 1) * width)
     rows_PD, bias_P, out_DP = conv_rows(mixer)[block], conv_bias(mixer)[block], mixer.out_proj.weight[:, block]
