@@ -207,14 +207,17 @@ class SurgeryStage:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateStage:
-    """Closed-form initialisation from `tokens` tokens: decay, gate, convolution, output projection."""
+    """Closed-form initialisation from `tokens` tokens: decay, gate, convolution, output projection.
+
+    `refine_steps` gradient steps per layer follow, on the same tokens; 0 for none.
+    """
 
     kind: Literal["calibrate"] = "calibrate"
     tokens: int = 16_384
     decay: Literal["output", "distance"] = "output"
     inputs: Literal["student", "teacher"] = "student"
     values: bool = False
-    refine_steps: int = 0
+    refine_steps: int = 42
 
     def __post_init__(self) -> None:
         _require(self.tokens > 0, "calibrate.tokens", "must be positive", self.tokens, "Use 16384.")
