@@ -1,7 +1,7 @@
-"""Closed-form initialisation of the mixers from a few thousand tokens: decay, gate, convolution, output projection.
+"""Initialisation of the mixers from a few thousand tokens: decay, gate, convolution, output projection in closed form.
 
 The layers are walked in order with teacher and student side by side, so each is fitted on what it will really see, the
-student's own hidden states. Normal equations stream in float64. Nothing is trained.
+student's own hidden states. Normal equations stream in float64. A few gradient steps may follow (refine.py).
 
 B batch, L length, D model width, H heads, G groups, P head width, N state width, E = H*P.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,12 +21,10 @@ from .families import FamilySpec
 from .headfit import HeadFit, balanced_basis, fit_heads
 from .linearise import fill_norm, open_gate, shrink_taps
 from .mixers import AttendingMixer, Mixer, ScanMixer, WindowedMixer, scan_of
-from .mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from .mixers.mamba2 import Mamba2Mixer
 from .moments import Moments
 from .refine import refine
 from .start import conv_bias, conv_rows, set_decay
-from .values import fit_values
 from .windowfit import fit_state
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -43,13 +40,11 @@ ERROR_REMOVED = 1.0
 class CalibrationOptions:
     """Where decays come from (a head's output, or its attention distance), and whose hidden states are fitted.
 
-    `values` refits value and output rows together, head by head (discrete_mamba2 alone); `refine_steps` gradient
-    steps follow in every layer.
+    `refine_steps` gradient steps follow the closed forms in every layer.
     """
 
     decay: Literal["output", "distance"] = "output"
     inputs: Literal["student", "teacher"] = "student"
-    values: bool = False
     refine_steps: int = 0
 
 
@@ -151,12 +146,12 @@ class _Layer:
         error_copy = self._moments(inputs[split:], targets[split:]).error(self.mixer.output().weight)
         self._fit_heads(calls[:split], inputs[:split])
         ridge, error = self._project(inputs, targets, judge)
-        for change in self._changes(inputs, targets, judge):
+        if self.options.refine_steps:
             solved = self._snapshot()
-            change()
-            changed = self._project(inputs, targets, judge)
-            if changed[1] < error:
-                ridge, error = changed
+            self._refine(inputs[:split], targets[:split])
+            refined = self._project(inputs, targets, judge)
+            if refined[1] < error:
+                ridge, error = refined
             else:
                 self._restore(solved)
         accepted = error < min(error_copy, ERROR_REMOVED)
@@ -164,20 +159,10 @@ class _Layer:
             self._restore(before)
         return LayerFit(layer=self.index, ridge=ridge, error_copy=error_copy, error=error, accepted=accepted)
 
-    def _changes(self, inputs: list[Tensor], targets: list[Tensor], judge: int) -> list[Callable[[], None]]:
-        """What may follow the closed forms, each kept only where it lowers the held-out error."""
-        changes: list[Callable[[], None]] = []
-        if self.options.values and isinstance(self.mixer, DiscreteMamba2Mixer):
-            changes.append(partial(fit_values, self.mixer, inputs, targets, judge))
-        if self.options.refine_steps:
-            split, output = len(inputs) - judge, self.mixer.output()
-
-            def answer(u_BLD: Tensor) -> Tensor:
-                return output(self._features(u_BLD))
-
-            own = _fitted(self.mixer) | dict(output.named_parameters(prefix="output"))
-            changes.append(partial(refine, own, answer, inputs[:split], targets[:split], self.options.refine_steps))
-        return changes
+    def _refine(self, inputs: list[Tensor], targets: list[Tensor]) -> None:
+        output = self.mixer.output()
+        own = _fitted(self.mixer) | dict(output.named_parameters(prefix="output"))
+        refine(own, lambda u_BLD: output(self._features(u_BLD)), inputs, targets, self.options.refine_steps)
 
     def _project(self, inputs: list[Tensor], targets: list[Tensor], judge: int) -> tuple[float, float]:
         """Solves for the output projection; returns the ridge and its error on held-out windows."""

@@ -216,7 +216,6 @@ class CalibrateStage:
     tokens: int = 16_384
     decay: Literal["output", "distance"] = "output"
     inputs: Literal["student", "teacher"] = "student"
-    values: bool = False
     refine_steps: int = 42
 
     def __post_init__(self) -> None:
