@@ -1,7 +1,7 @@
-"""Closed-form initialisation of the mixers from a few thousand tokens: decay, gate, convolution, output projection.
+"""Initialisation of the mixers from a few thousand tokens: decay, gate, convolution, output projection in closed form.
 
 The layers are walked in order with teacher and student side by side, so each is fitted on what it will really see, the
-student's own hidden states. Normal equations stream in float64. Nothing is trained.
+student's own hidden states. Normal equations stream in float64. A few gradient steps may follow (refine.py).
 
 B batch, L length, D model width, H heads, G groups, P head width, N state width, E = H*P.
 """
@@ -23,6 +23,7 @@ from .linearise import fill_norm, open_gate, shrink_taps
 from .mixers import AttendingMixer, Mixer, ScanMixer, WindowedMixer, scan_of
 from .mixers.mamba2 import Mamba2Mixer
 from .moments import Moments
+from .refine import refine
 from .start import conv_bias, conv_rows, set_decay
 from .windowfit import fit_state
 
@@ -37,10 +38,14 @@ ERROR_REMOVED = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """Where decays come from (a head's output, or its attention distance) and whose hidden states are fitted."""
+    """Where decays come from (a head's output, or its attention distance), and whose hidden states are fitted.
+
+    `refine_steps` gradient steps follow the closed forms in every layer.
+    """
 
     decay: Literal["output", "distance"] = "output"
     inputs: Literal["student", "teacher"] = "student"
+    refine_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,22 +141,45 @@ class _Layer:
         return calls, moved
 
     def _fit(self, calls: list[MixerCall], inputs: list[Tensor], targets: list[Tensor], judge: int) -> LayerFit:
-        mixer, split = self.mixer, len(inputs) - judge
-        before = {name: p.clone() for name, p in mixer.named_parameters()}
-        error_copy = self._moments(inputs[split:], targets[split:]).error(mixer.output().weight)
+        split = len(inputs) - judge
+        before = self._snapshot()
+        error_copy = self._moments(inputs[split:], targets[split:]).error(self.mixer.output().weight)
         self._fit_heads(calls[:split], inputs[:split])
-        prior = mixer.output().weight.detach().clone()
+        ridge, error = self._project(inputs, targets, judge)
+        if self.options.refine_steps:
+            solved = self._snapshot()
+            self._refine(inputs[:split], targets[:split])
+            refined = self._project(inputs, targets, judge)
+            if refined[1] < error:
+                ridge, error = refined
+            else:
+                self._restore(solved)
+        accepted = error < min(error_copy, ERROR_REMOVED)
+        if not accepted:
+            self._restore(before)
+        return LayerFit(layer=self.index, ridge=ridge, error_copy=error_copy, error=error, accepted=accepted)
+
+    def _refine(self, inputs: list[Tensor], targets: list[Tensor]) -> None:
+        output = self.mixer.output()
+        own = _fitted(self.mixer) | dict(output.named_parameters(prefix="output"))
+        refine(own, lambda u_BLD: output(self._features(u_BLD)), inputs, targets, self.options.refine_steps)
+
+    def _project(self, inputs: list[Tensor], targets: list[Tensor], judge: int) -> tuple[float, float]:
+        """Solves for the output projection; returns the ridge and its error on held-out windows."""
+        split, output = len(inputs) - judge, self.mixer.output()
+        prior = output.weight.detach().clone()
         train, held = self._moments(inputs[:split], targets[:split]), self._moments(inputs[split:], targets[split:])
         solved = [(ridge, train.solve(ridge, prior)) for ridge in RIDGES]
         ridge, weight = min(solved, key=lambda choice: held.error(choice[1]))
-        error = held.error(weight)
-        accepted = error < min(error_copy, ERROR_REMOVED)
-        if accepted:
-            mixer.output().weight.copy_(weight)
-        else:
-            for name, p in mixer.named_parameters():
-                p.copy_(before[name])
-        return LayerFit(layer=self.index, ridge=ridge, error_copy=error_copy, error=error, accepted=accepted)
+        output.weight.copy_(weight)
+        return ridge, held.error(weight)
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: p.clone() for name, p in self.mixer.named_parameters()}
+
+    def _restore(self, snapshot: dict[str, Tensor]) -> None:
+        for name, p in self.mixer.named_parameters():
+            p.copy_(snapshot[name])
 
     def _fit_heads(self, calls: list[MixerCall], inputs: list[Tensor]) -> None:
         """Writes the head fit into the mixer: rows of B and C, their constant channel, D and the decay."""
@@ -218,6 +246,17 @@ def _place_heads(
     last_B = shape.inner + torch.arange(1, shape.groups + 1, device=bias.device) * shape.state - 1
     bias[last_B], bias[last_B + state] = level_G, beta / level_G
     return torch.cat([last_B, last_B + state]), head
+
+
+def _fitted(mixer: Mixer) -> dict[str, nn.Parameter]:
+    """What calibration may move besides the output projection: the scan, or the state behind a window."""
+    scan = scan_of(mixer)
+    if scan is not None:
+        own: nn.Module | None = scan[0]
+    else:
+        own = mixer.state if isinstance(mixer, WindowedMixer) else None
+    parameters = {} if own is None else dict(own.named_parameters())
+    return {name: p for name, p in parameters.items() if not name.startswith("out_proj.")}
 
 
 class _Distance:

@@ -28,5 +28,5 @@ def run_calibrate(ctx: Context, index: int, stage: CalibrateStage) -> list[Layer
         )
         ctx.stop.check()
 
-    options = CalibrationOptions(decay=stage.decay, inputs=stage.inputs)
+    options = CalibrationOptions(decay=stage.decay, inputs=stage.inputs, refine_steps=stage.refine_steps)
     return calibrate(ctx.teacher, ctx.student, ctx.spec, windows, options, progress)

@@ -207,15 +207,20 @@ class SurgeryStage:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateStage:
-    """Closed-form initialisation from `tokens` tokens: decay, gate, convolution, output projection."""
+    """Closed-form initialisation from `tokens` tokens: decay, gate, convolution, output projection.
+
+    `refine_steps` gradient steps per layer follow, on the same tokens; 0 for none.
+    """
 
     kind: Literal["calibrate"] = "calibrate"
     tokens: int = 16_384
     decay: Literal["output", "distance"] = "output"
     inputs: Literal["student", "teacher"] = "student"
+    refine_steps: int = 42
 
     def __post_init__(self) -> None:
         _require(self.tokens > 0, "calibrate.tokens", "must be positive", self.tokens, "Use 16384.")
+        _require(self.refine_steps >= 0, "calibrate.refine_steps", "must not be negative", self.refine_steps, "Use 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,7 +215,8 @@ def _of(ctx: Context, layers: Iterable[int]) -> StudentConfig:
 
 
 def _calibration(placement: PlacementConfig, inputs: Literal["student", "teacher"]) -> CalibrateStage:
-    return CalibrateStage(tokens=placement.calibration_tokens, inputs=inputs)
+    # closed forms alone: nothing is trained before layers are chosen
+    return CalibrateStage(tokens=placement.calibration_tokens, inputs=inputs, refine_steps=0)
 
 
 def control_students(

@@ -19,7 +19,7 @@ from ssmorph.convert.surgery import MixerChoice, shape_of
 from ssmorph.convert.teachers import load_config
 from ssmorph.convert.treatment import treatments
 
-from .config import SELF, CalibrateStage, LogitsStage, RunConfig, SurgeryStage, TrainStage
+from .config import CALIBRATION_BATCH, SELF, CalibrateStage, LogitsStage, RunConfig, SurgeryStage, TrainStage
 from .kept_heads import heads_before_probe
 from .placement import converted_before_scores
 
@@ -106,6 +106,8 @@ def _estimate(config: RunConfig, counts: TeacherCounts, trained: int, added: int
         if index in beside:
             each = 6 * (body + counts.head) + sum(2 * (c.active + c.head) for c in beside[index])
         operations = tokens * each
+        if isinstance(stage, CalibrateStage):
+            operations += 6 * trained * stage.refine_steps * CALIBRATION_BATCH * config.data.window
         stages[name] = {"tokens": tokens, "pflop": _digits(operations / 1e15), "minutes": _minutes(operations, speed)}
         total += operations
     # the student shares what it does not replace; weights, gradients and AdamW's two moments of what is trained

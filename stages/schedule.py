@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmorph.convert.optim import LOGARITHMS, RelativeAdamW
+
 from .config import OptimConfig
-from .optim import RelativeAdamW
 
 
 def rate(step: int, steps: int, config: OptimConfig) -> float:
@@ -28,8 +29,6 @@ def rate(step: int, steps: int, config: OptimConfig) -> float:
     return 1.0
 
 
-# held as logarithms, so that a plain step is a relative change
-LOGARITHMS = ("A_log", "dt_bias", "a_bias")
 # the papers' optimiser has torch's
 EPS = {"relative": 1e-12, "adamw": 1e-8}
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .conversions import Converted, converted, keep, kept, opened, scored
+from .conversions import Converted, converted, keep, kept, opened
 
 RECIPE = Path("configs/smollm2/135m-demo.yaml")
 LAYERS = ("all", "uniform-22", "uniform-15")
@@ -33,7 +33,6 @@ TITLES = {
     "W": "W: `window` of 64 tokens",
 }
 LONG, LONG_TOKENS = 4096, 32_768
-SHORTER, SHORT_TOKENS = (512, 2048), 16_384
 EDGES = (0, 96, 512, 1024, 2048, 4095)
 TASKS, LENGTHS, DEPTH, PROBES = ("needle", "multi-key", "copying"), (1024,), 0.1, 32
 
@@ -89,11 +88,6 @@ def positions(done: Converted) -> dict[str, Any]:
     return {"positions": rows, "long_windows": hybrid.windows}
 
 
-def windows(done: Converted) -> dict[int, dict[str, Any]]:
-    """Perplexity over the teacher's and KL on held-out documents in shorter windows, by their length."""
-    return {length: scored(done, length, SHORT_TOKENS) for length in SHORTER}
-
-
 def retrieval(done: Converted, model: Any) -> dict[str, float]:
     """Accuracy of each task and length, the fact at a tenth of the text."""
     from ssmorph.stages.probes import make_task
@@ -119,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.of is not None:
         done = opened(arguments.of)
-        row = {**positions(done), "windows": windows(done), "retrieval": retrieval(done, done.student)}
+        row = {**positions(done), "retrieval": retrieval(done, done.student)}
         print_row(str(arguments.of), row)
         return
     for run in [] if arguments.table else runs():
@@ -137,7 +131,6 @@ def print_row(name: str, result: dict[str, Any] | None) -> None:
         return
     print(name)
     parts = [f"{r['from']}-{r['to']}: {r['ratio']:.3f}, {r['kl']:.3f}" for r in result.get("positions", [])]
-    parts += [f"windows of {n}: {r['ratio']:.3f}, {r['kl']:.3f}" for n, r in result.get("windows", {}).items()]
     print("  x teacher, KL  " + "   ".join(parts))
     print("  retrieval      " + "   ".join(f"{task}: {share:.0%}" for task, share in result["retrieval"].items()))
 

@@ -14,7 +14,7 @@ from .conversions import converted, keep, kept, scored
 RECIPE = Path("configs/smollm2/135m-mamba2.yaml")
 LAYERS = ("uniform-8", "uniform-15", "uniform-22", "all")
 TOKENS = (2_048, 8_192, 32_768, 131_072)
-STAGES = "stages=[{{kind: surgery}}, {{kind: calibrate, tokens: {tokens}}}]"
+STAGES = "stages=[{{kind: surgery}}, {{kind: calibrate, tokens: {tokens}, refine_steps: 0}}]"
 
 
 def name(layers: str, tokens: int) -> str:

@@ -16,7 +16,7 @@ from .conversions import Converted, converted, keep, kept, scored
 
 RECIPE = Path("configs/smollm2/135m-mamba2.yaml")
 HELD_OUT, CONTEXT = 4_096, 4_096
-STAGES = "stages=[{kind: surgery}, {kind: calibrate, tokens: 8192}]"
+STAGES = "stages=[{kind: surgery}, {kind: calibrate, tokens: 8192, refine_steps: 0}]"
 PROBES, PROBE_SEED = 32, 1
 CHOICES = ("none", "retrieval-20", "spread-20", "retrieval-40")
 

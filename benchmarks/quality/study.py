@@ -37,7 +37,7 @@ ALL_TRAINED = ("mohawk", "mambainllama", "radlads")
 WITHOUT = {
     "calibration": ("stages=[{kind: surgery}, {kind: logits, tokens: 30000, batch: 1, checkpoint_every: 16}]",
                     "stages.logits.optim.warmup_percent=10", "stages.logits.optim.decay_percent=90"),
-    "KL": ("stages=[{kind: surgery}, {kind: calibrate, tokens: 30000}]",),
+    "KL": ("stages=[{kind: surgery}, {kind: calibrate, tokens: 30000, refine_steps: 0}]",),
     "own-inputs": ("stages.calibrate.inputs=teacher",),
     "output-decays": ("stages.calibrate.decay=distance",),
     "relative-steps": ("stages.logits.optim.kind=adamw",),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from . import beyond, calibration, heads, placement, study
 from .conversions import kept
 
 PAGE = Path("docs/quality.md")
+STRETCHES = list(pairwise(beyond.EDGES))
 TITLES = {
     "ours": "ours, `mamba2`", "mohawk": "MOHAWK", "mambainllama": "The Mamba in the Llama", "matvlm": "MaTVLM",
     "radlads": "RADLADS",
@@ -80,17 +82,15 @@ def states() -> str:
     for run in beyond.runs():
         result = kept(run.name)
         if result is not None:
-            late = next(r for r in result["positions"] if r["from"] == beyond.EDGES[-2])
-            short = [_pair(result["windows"].get(str(n))) for n in beyond.SHORTER]
+            stretches = [_pair(row) for row in result["positions"] if (row["from"], row["to"]) in STRETCHES]
             found = [f"{result['retrieval'][f'{task} {n}']:.0%}" for task in beyond.TASKS for n in beyond.LENGTHS]
-            rows.append([run.layers, beyond.TITLES[run.mixer], *short, _pair(late), *found])
+            rows.append([run.layers, beyond.TITLES[run.mixer], *stretches, *found])
     teacher = kept("beyond-teacher")
     if teacher is not None:
         found = [f"{teacher['retrieval'][f'{task} {n}']:.0%}" for task in beyond.TASKS for n in beyond.LENGTHS]
-        rows.append(["", "teacher", "1", "1", "1", *found])
+        rows.append(["", "teacher", *("1, 0" for _ in STRETCHES), *found])
     tasks = [f"{task}, {n}" for task in beyond.TASKS for n in beyond.LENGTHS]
-    lengths = [f"windows of {n}" for n in beyond.SHORTER]
-    return table(("converted", "layer", *lengths, f"from {beyond.EDGES[-2]} to 4095", *tasks), rows)
+    return table(("converted", "layer", *(f"tokens {a} to {b}" for a, b in STRETCHES), *tasks), rows)
 
 
 def _pair(row: dict[str, float] | None) -> str:

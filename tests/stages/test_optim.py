@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from ssmorph.convert.optim import FLOOR
 from ssmorph.stages.config import OptimConfig
-from ssmorph.stages.optim import FLOOR
 from ssmorph.stages.schedule import depth_factors, optimizer, rate, set_rate
 
 

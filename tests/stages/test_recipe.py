@@ -151,6 +151,11 @@ REFUSED = [
         "stages=[{kind: surgery, init: random}, {kind: calibrate}]",
         ["stages.surgery.init: calibration starts from a copy; got random"],
     ),
+    (
+        "steps of a calibration",
+        "stages=[{kind: surgery}, {kind: calibrate, refine_steps: -1}]",
+        ["stages[1].refine_steps: must not be negative; got -1"],
+    ),
     ("layer loss", "stages.logits.layer_loss=l1", ["stages[2].layer_loss: must be one of l2, frobenius"]),
     ("format", "run_format=99", ["run_format: ", "99"]),
     ("no value", "seed", ["override: ", "'seed'"]),

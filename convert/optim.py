@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# held as logarithms, so that a plain step is a relative change
+LOGARITHMS = ("A_log", "dt_bias", "a_bias")
 # a row of zeros moves as if it had this share of its tensor's size
 FLOOR = 0.1
 
