@@ -105,8 +105,11 @@ def layers() -> str:
         if result is not None:
             attention = [i for i in range(30) if i not in result["converted"]]
             pairs = [_pair(result[stage]) for stage in ("calibrated", "trained")]
-            rows.append([run.strategy, ", ".join(map(str, attention)), *pairs, f"{result['cpu_minutes']}"])
-    return table(("placement", "keeps attention in", "calibrated: x teacher, KL", "trained", "CPU minutes"), rows)
+            found = ", ".join(f"{share:.0%}" for share in result["trained"]["retrieval"].values())
+            rows.append([run.strategy, ", ".join(map(str, attention)), *pairs, found, f"{result['cpu_minutes']}"])
+    asked = ", ".join(map(str, placement.DISTANCES))
+    return table(("placement", "keeps attention in", "calibrated: x teacher, KL", "trained",
+                  f"retrieval over {asked} tokens", "CPU minutes"), rows)  # fmt: skip
 
 
 def tokens() -> str:
