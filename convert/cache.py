@@ -88,7 +88,19 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             self.recurrent_states[0] = change(self.recurrent_states[0])
 
 
-class WindowCacheLayer(MixerCacheLayer):
+class HoldingCacheLayer(MixerCacheLayer):
+    """A cache with keys and values too, whose size is not known before the first call."""
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.__init__()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts rows into the order of `beam_idx`."""
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+
+class WindowCacheLayer(HoldingCacheLayer):
     """held: keys and values of the window and the sinks (window.py); recurrent_states[0]: [B, G, P+1, N]."""
 
     def __init__(self) -> None:
@@ -105,14 +117,6 @@ class WindowCacheLayer(MixerCacheLayer):
         self.device, self.dtype = held.k_BGRP.device, held.k_BGRP.dtype  # type: ignore[assignment]
         self.seen += tokens
 
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.__init__()  # type: ignore[misc]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Puts rows into the order of `beam_idx`."""
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
         return [*(self.held or ()), *(t for t in [self.recurrent_states[0]] if t is not None)]
@@ -124,7 +128,7 @@ class WindowCacheLayer(MixerCacheLayer):
             self.recurrent_states[0] = change(self.recurrent_states[0])
 
 
-class HeadsCacheLayer(MixerCacheLayer):
+class HeadsCacheLayer(HoldingCacheLayer):
     """held: keys and values that kept heads read (keys.py); the states are those of the Mamba-2 heads beside them."""
 
     def __init__(self) -> None:
@@ -140,14 +144,6 @@ class HeadsCacheLayer(MixerCacheLayer):
         self.held = held
         self.device, self.dtype = held.k_BGSP.device, held.k_BGSP.dtype  # type: ignore[assignment]
         self.seen += tokens
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.__init__()  # type: ignore[misc]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Puts rows into the order of `beam_idx`."""
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def tensors(self) -> list[Tensor]:
         """All that is kept."""

@@ -7,26 +7,20 @@ Standard library only, so that a mistake in a recipe is answered before torch is
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ssmorph.convert.plan import SCORED, UNSCORED, retrieval_count, strategy_of
+from ssmorph.convert.plan import strategy_of
 
-from ..errors import fail
+from ..errors import require
+from .student_config import HEADS, PlacementConfig, StudentConfig
 
 RUN_FORMAT = 1
 WINDOWED = ("windowed_mamba2", "window")
-HEADS = "mamba2_heads"
 # as a stage's teacher: the model that is converted
 SELF = "self"
 # windows in a batch of the calibration stage
 CALIBRATION_BATCH = 2
-
-
-def _require(ok: bool, where: str, rule: str, got: object, do: str) -> None:
-    if not ok:
-        raise fail(where, rule, got, do)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,92 +30,6 @@ class TeacherConfig:
     source: str
     revision: str | None = None
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentConfig:
-    """Which layers become which mixer.
-
-    `layers`: a list of indices, `all`, or NAME-K, K being the number of layers that are converted. NAME is uniform,
-    first, last or middle, or one that scores them first: loo, kl, retrieval, smart or gates (docs/method.md). A scoring
-    NAME without K converts as many as `placement.cache_mib` asks for. `heads`, of mamba2_heads: which query heads of
-    converted layers stay attention, a list of 'LAYER.HEAD', or `retrieval-N`: the N that matter most to fetching a
-    value by its key.
-    """
-
-    mixer: Literal["mamba2", "discrete_mamba2", "windowed_mamba2", "window", "mamba2_heads"] = "mamba2"
-    layers: str | tuple[int, ...] = "uniform-15"
-    conv_kernel: int = 4
-    # of mixers with a window: tokens it holds, its sinks included; prototypes of the state behind it
-    window: int = 64
-    sinks: int = 4
-    state: int = 64
-    heads: str | tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        self._check_heads()
-        _require(2 <= self.conv_kernel <= 4, "student.conv_kernel", "must be 2, 3 or 4", self.conv_kernel, "Use 4.")
-        _require(self.sinks >= 0, "student.sinks", "must not be negative", self.sinks, "Use 4.")
-        _require(self.window > self.sinks, "student.window", "must hold more than its sinks", self.window, "Use 64.")
-        _require(self.state >= 1, "student.state", "must be positive", self.state,
-                 "Use 64, or mixer: window for none.")  # fmt: skip
-        if isinstance(self.layers, str):
-            _require(
-                self.layers == "all" or strategy_of(self.layers) is not None,
-                "student.layers",
-                f"must be a list of layers, 'all' or NAME-K with NAME one of {', '.join(UNSCORED + SCORED)}",
-                repr(self.layers),
-                "Use 'uniform-15'.",
-            )
-        else:
-            unique = len(set(self.layers)) == len(self.layers) and min(self.layers, default=0) >= 0
-            _require(
-                unique,
-                "student.layers",
-                "layers are distinct and not negative",
-                list(self.layers),
-                "List each layer once.",
-            )
-
-    def _check_heads(self) -> None:
-        if isinstance(self.heads, str):
-            ok = retrieval_count(self.heads) is not None
-        else:
-            ok = all(re.fullmatch(r"\d+\.\d+", head) for head in self.heads) and len({*self.heads}) == len(self.heads)
-        got = repr(self.heads) if isinstance(self.heads, str) else list(self.heads)
-        _require(ok, "student.heads", "must be a list of distinct 'LAYER.HEAD', or 'retrieval-N'", got,
-                 "Use 'retrieval-20'.")  # fmt: skip
-        _require(not self.heads or self.mixer == HEADS, "student.heads", f"needs mixer {HEADS}", self.mixer,
-                 f"Use {HEADS}, or leave heads out.")  # fmt: skip
-        _require(bool(self.heads) or self.mixer != HEADS, "student.heads", f"{HEADS} needs heads to keep", got,
-                 "Use 'retrieval-20', or mixer: mamba2.")  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacementConfig:
-    """What scoring layers may read and train, where `student.layers` asks for scores; else without effect.
-
-    `calibration_tokens` make the mixers (and those of the controls), `score_tokens` measure KL, `train_tokens` train
-    for `kl` (0: not at all) and `gates`; `lr` is of `kl`, `probes` are of `retrieval`, for `student.heads` too.
-    `cache_mib`: MiB of cache in float32 at `context` tokens that the hybrid has to fit into, where `student.layers` has
-    no K.
-    """
-
-    calibration_tokens: int = 8_192
-    score_tokens: int = 4_096
-    train_tokens: int = 8_192
-    lr: float = 4e-4
-    probes: int = 16
-    cache_mib: float | None = None
-    context: int = 4_096
-
-    def __post_init__(self) -> None:
-        for name in ("calibration_tokens", "score_tokens", "lr", "probes", "context"):
-            value = getattr(self, name)
-            _require(value > 0, f"placement.{name}", "must be positive", value, "Use the default.")
-        _require(self.train_tokens >= 0, "placement.train_tokens", "must not be negative", self.train_tokens, "Use 0.")
-        _require(self.cache_mib is None or self.cache_mib > 0, "placement.cache_mib", "must be positive",
-                 self.cache_mib, "Leave it out.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +44,16 @@ class DataConfig:
     text_field: str = "text"
 
     def __post_init__(self) -> None:
-        _require(len(self.sources) > 0, "data.sources", "needs at least one source", "none", "Use [default].")
-        _require(self.window >= 8, "data.window", "must be at least 8 tokens", self.window, "Use 512.")
-        _require(
+        require(len(self.sources) > 0, "data.sources", "needs at least one source", "none", "Use [default].")
+        require(self.window >= 8, "data.window", "must be at least 8 tokens", self.window, "Use 512.")
+        require(
             0 < self.heldout_percent < 50,
             "data.heldout_percent",
             "must lie between 0 and 50",
             self.heldout_percent,
             "Use 4.",
         )
-        _require(
+        require(
             self.max_tokens is None or self.max_tokens > 0,
             "data.max_tokens",
             "must be positive",
@@ -177,18 +85,18 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "clip", "depth_ratio"):
-            _require(
+            require(
                 getattr(self, name) > 0, f"optim.{name}", "must be positive", getattr(self, name), "Use the default."
             )
         for name in ("rest_lr", "weight_decay", "warmup_percent", "decay_percent", "final_lr_ratio"):
-            _require(
+            require(
                 getattr(self, name) >= 0, f"optim.{name}", "must not be negative", getattr(self, name), "Use 0 or more."
             )
         both = self.warmup_percent + self.decay_percent
-        _require(
+        require(
             both <= 100, "optim", "warmup_percent + decay_percent must not exceed 100", both, "Shorten one of them."
         )
-        _require(
+        require(
             all(0 <= b < 1 for b in self.betas), "optim.betas", "must lie in [0, 1)", self.betas, "Use [0.9, 0.95]."
         )
 
@@ -219,8 +127,8 @@ class CalibrateStage:
     refine_steps: int = 42
 
     def __post_init__(self) -> None:
-        _require(self.tokens > 0, "calibrate.tokens", "must be positive", self.tokens, "Use 16384.")
-        _require(self.refine_steps >= 0, "calibrate.refine_steps", "must not be negative", self.refine_steps, "Use 0.")
+        require(self.tokens > 0, "calibrate.tokens", "must be positive", self.tokens, "Use 16384.")
+        require(self.refine_steps >= 0, "calibrate.refine_steps", "must not be negative", self.refine_steps, "Use 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +144,7 @@ class TrainStage:
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "checkpoint_every", "keep"):
             value = getattr(self, name)
-            _require(value > 0, f"{type(self).__name__}.{name}", "must be positive", value, "Use 1 or more.")
+            require(value > 0, f"{type(self).__name__}.{name}", "must be positive", value, "Use 1 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +178,7 @@ class StageTeacher:
 
     def __post_init__(self) -> None:
         ok = 0 < self.weight < float("inf")
-        _require(ok, "StageTeacher.weight", "must be positive", self.weight, "Leave out a teacher of weight 0.")
+        require(ok, "StageTeacher.weight", "must be positive", self.weight, "Leave out a teacher of weight 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,16 +208,16 @@ class LogitsStage(TrainStage):
 
     def __post_init__(self) -> None:
         TrainStage.__post_init__(self)
-        _require(self.temperature > 0, "logits.temperature", "must be positive", self.temperature, "Use 1.")
-        _require(0 < self.jsd_beta < 1, "logits.jsd_beta", "must lie in (0, 1)", self.jsd_beta, "Use 0.5.")
+        require(self.temperature > 0, "logits.temperature", "must be positive", self.temperature, "Use 1.")
+        require(0 < self.jsd_beta < 1, "logits.jsd_beta", "must lie in (0, 1)", self.jsd_beta, "Use 0.5.")
         for name in ("ce_weight", "layer_weight"):
-            _require(getattr(self, name) >= 0, f"logits.{name}", "must not be negative", getattr(self, name), "Use 0.")
+            require(getattr(self, name) >= 0, f"logits.{name}", "must not be negative", getattr(self, name), "Use 0.")
         sources = [teacher.source for teacher in self.teachers]
-        _require(len(set(sources)) == len(sources) > 0, "logits.teachers", "needs one or more, each once", sources,
+        require(len(set(sources)) == len(sources) > 0, "logits.teachers", "needs one or more, each once", sources,
                  f"Use [{{source: {SELF}}}].")  # fmt: skip
-        _require(self.offline is None or self.loss == "kl", "logits.loss", "stored logits know kl alone", self.loss,
+        require(self.offline is None or self.loss == "kl", "logits.loss", "stored logits know kl alone", self.loss,
                  "Use kl, or leave offline out.")  # fmt: skip
-        _require(self.offline_top_k > 0, "logits.offline_top_k", "must be positive", self.offline_top_k, "Use 64.")
+        require(self.offline_top_k > 0, "logits.offline_top_k", "must be positive", self.offline_top_k, "Use 64.")
 
 
 Stage = SurgeryStage | CalibrateStage | MixingStage | HiddenStage | LogitsStage
@@ -354,42 +262,42 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         kinds = [stage.kind for stage in self.stages]
-        _require(kinds[:1] == ["surgery"], "stages", "the first stage is surgery", kinds, "Put {kind: surgery} first.")
-        _require(kinds.count("surgery") == 1, "stages", "surgery comes once", kinds, "Remove the second.")
+        require(kinds[:1] == ["surgery"], "stages", "the first stage is surgery", kinds, "Put {kind: surgery} first.")
+        require(kinds.count("surgery") == 1, "stages", "surgery comes once", kinds, "Remove the second.")
         copies = isinstance(self.stages[0], SurgeryStage) and self.stages[0].init == "copy"
-        _require(copies or "calibrate" not in kinds, "stages.surgery.init", "calibration starts from a copy",
+        require(copies or "calibrate" not in kinds, "stages.surgery.init", "calibration starts from a copy",
                  getattr(self.stages[0], "init", None), "Use copy, or leave calibrate out.")  # fmt: skip
         if self.student.mixer in WINDOWED:
-            _require(copies, "stages.surgery.init", "a window is of the attention's own copy",
+            require(copies, "stages.surgery.init", "a window is of the attention's own copy",
                      getattr(self.stages[0], "init", None), "Use copy.")  # fmt: skip
-            _require("mixing" not in kinds, "stages", "a window with a state behind it has no mixing matrix",
+            require("mixing" not in kinds, "stages", "a window with a state behind it has no mixing matrix",
                      self.student.mixer, "Use calibrate, hidden and logits.")  # fmt: skip
         if self.student.mixer == HEADS:
-            _require(copies, "stages.surgery.init", "kept heads are the attention's own copy",
+            require(copies, "stages.surgery.init", "kept heads are the attention's own copy",
                      getattr(self.stages[0], "init", None), "Use copy.")  # fmt: skip
         frobenius = any(isinstance(s, MixingStage) and s.loss == "frobenius" for s in self.stages)
-        _require(not (frobenius and self.student.mixer in ("mamba2", HEADS)), "stages.mixing.loss",
+        require(not (frobenius and self.student.mixer in ("mamba2", HEADS)), "stages.mixing.loss",
                  "frobenius needs a mixer without a norm", self.student.mixer, "Use cosine.")  # fmt: skip
         self._check_placement()
-        _require(self.threads is None or self.threads > 0, "threads", "must be positive", self.threads, "Leave it out.")
-        _require(self.run_format == RUN_FORMAT, "run_format", f"this version writes and reads format {RUN_FORMAT}",
+        require(self.threads is None or self.threads > 0, "threads", "must be positive", self.threads, "Leave it out.")
+        require(self.run_format == RUN_FORMAT, "run_format", f"this version writes and reads format {RUN_FORMAT}",
                  self.run_format, "Convert with the version that made the run.")  # fmt: skip
 
     def _check_placement(self) -> None:
         strategy, budget = strategy_of(self.student.layers), self.placement.cache_mib
         by_bytes = strategy is not None and strategy.layers is None
-        _require(not by_bytes or budget is not None, "student.layers", "needs K, or placement.cache_mib instead",
+        require(not by_bytes or budget is not None, "student.layers", "needs K, or placement.cache_mib instead",
                  self.student.layers, f"Write {self.student.layers}-15.")  # fmt: skip
-        _require(by_bytes or budget is None, "placement.cache_mib", "decides in place of the K of student.layers",
+        require(by_bytes or budget is None, "placement.cache_mib", "decides in place of the K of student.layers",
                  self.student.layers, "Leave one of them out.")  # fmt: skip
         spread = by_bytes and strategy is not None and strategy.name == "smart"
-        _require(not spread, "student.layers", "smart needs K", self.student.layers, "Write smart-15, or use loo.")
+        require(not spread, "student.layers", "smart needs K", self.student.layers, "Write smart-15, or use loo.")
         listed = isinstance(self.student.heads, tuple) and len(self.student.heads) > 0
         scored = strategy is not None and strategy.scored
-        _require(not (listed and scored), "student.heads", "a list needs layers that are known before scores",
+        require(not (listed and scored), "student.heads", "a list needs layers that are known before scores",
                  self.student.layers, "Use 'retrieval-N', or list the layers.")  # fmt: skip
         trained = strategy is None or strategy.name != "gates" or self.placement.train_tokens > 0
-        _require(trained, "placement.train_tokens", "gates are trained", 0, "Use 8192.")
+        require(trained, "placement.train_tokens", "gates are trained", 0, "Use 8192.")
 
     def stage_names(self) -> list[str]:
         """Folder names of the stages: index-kind, as the recipe lists them."""

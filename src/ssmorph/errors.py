@@ -19,6 +19,12 @@ def fail(where: str, rule: str, got: object, do: str) -> UserError:
     return UserError(f"{where}: {rule}; got {got}. {do}")
 
 
+def require(ok: bool, where: str, rule: str, got: object, do: str) -> None:
+    """Raises the error that `fail` builds, unless `ok`."""
+    if not ok:
+        raise fail(where, rule, got, do)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The sentence that suggests the closest known name, or lists the known names where none is close.
 
