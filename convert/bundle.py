@@ -29,6 +29,7 @@ MODULES = (
     "ssmorph.kernels.norm.chunked",
     "ssmorph.convert.plain_ops",
     "ssmorph.convert.window",
+    "ssmorph.convert.rope",
     "ssmorph.convert.keys",
     "ssmorph.convert.cache",
     "ssmorph.convert.mixers.base",

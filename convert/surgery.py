@@ -85,8 +85,11 @@ def keeps_attention(kind: str) -> bool:
     return kind in MIXERS and issubclass(MIXERS[kind], AttendingMixer)
 
 
-def shape_of(attention: AttentionShape, choice: MixerChoice) -> MixerShape:
-    """The sizes of the mixer that stands for a layer's attention; the choice is of that layer (`at`)."""
+def shape_of(attention: AttentionShape, choice: MixerChoice, turned: int = 0) -> MixerShape:
+    """The sizes of the mixer that stands for a layer's attention; the choice is of that layer (`at`).
+
+    `turned` channels of a head are turned by RoPE; only the state behind a window needs to know.
+    """
     if not has_window(choice.kind):
         faithful = faithful_shape(attention, choice.conv_kernel)
         kept = tuple(head for _, head in choice.kept)
@@ -102,6 +105,7 @@ def shape_of(attention: AttentionShape, choice: MixerChoice) -> MixerShape:
         out_bias=attention.out_bias,
         window=choice.window,
         sinks=choice.sinks,
+        turned=0 if choice.kind == "window" else turned,
     )
 
 
@@ -122,7 +126,7 @@ def start_mixer(teacher: Any, spec: FamilySpec, layer: int, choice: MixerChoice)
         # before the mixer is made, so that the same seed draws the same gates as for mamba2
         whole = copy_attention(teacher, spec, layer, Mamba2Mixer.kind, choice.conv_kernel, choice.init)
     attention = copy.deepcopy(spec.attention(teacher, layer)).requires_grad_(True)
-    shape = shape_of(spec.shape(teacher.config), choice)
+    shape = shape_of(spec.shape(teacher.config), choice, spec.turned(teacher.config, layer))
     mixer = make_mixer(choice.kind, shape, layer, attention, spec.out, spec.head_rows())
     weight = linear(attention, spec.out).weight
     mixer = mixer.to(device=weight.device, dtype=weight.dtype)

@@ -1,9 +1,10 @@
 """Closed-form start of the state behind a window: prototypes of the keys, and how much each head trusts them.
 
 A query that met every old key at its prototype would answer as softmax attention over prototypes, each weighed by how
-many keys it stands for. So the prototypes are the centres of a k-means of the layer's own keys, after norms and RoPE,
-and the query's map is the attention's scale times the same centres. One factor per head, the gate, is chosen on the
-heads' outputs. Nothing is trained.
+many keys it stands for. So the prototypes are the centres of a k-means of the layer's own keys as they leave the
+window, and the query's map is the attention's scale times the same centres, turned by RoPE as a mean over distances:
+how long ago a key left, the state does not know. How long it remembers, and one factor per head, the gate, which makes
+up for that mean (the exponentials' would be larger), are chosen on the heads' outputs. Nothing is trained.
 
 B batch, L length, T tokens, H query heads, G key/value heads, P head width, N prototypes.
 """
@@ -19,14 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mixers import WindowedMixer
+from .rope import Tables, averaged_back, tables_in
 from .start import inverse_softplus
 from .window import Window, empty
 
 ROUNDS = 12
 # a key shares itself out over prototypes by exp(-SHARP d^2 / mean d^2)
 SHARP = 8.0
-# mean distance over which the state forgets, in tokens: softmax does not
-DISTANCE = 1e4
+# mean distance over which the state forgets, in tokens: one is chosen for each key/value head
+DISTANCES = (128.0, 256.0, 512.0, 1024.0, 2048.0, 1e4)
+# how far behind the window a key may be when it is read, in tokens, spread evenly in the logarithm
+READ = (1.0, 512.0)
 GATES = (0.0, *(2.0 ** (power / 2) for power in range(-12, 7)))
 
 
@@ -44,23 +48,28 @@ def fit_state(
     if mixer.state is None:
         return
     calls = [attended(mixer, u, kwargs) for u in inputs]
-    scale = calls[0][3].scale
-    k_GTP = torch.cat([k.transpose(0, 1).flatten(1, 2) for _, k, *_ in calls], dim=1)
-    _place(mixer, k_GTP.float(), scale)
+    tables = tables_in(kwargs)
+    _place(mixer, torch.cat([_left(mixer, k, tables) for _, k, *_ in calls], dim=1), calls[0][3].scale, tables)
+    heads, device = mixer.shape.heads, mixer.state.gate.device
+    gates_V = torch.tensor(GATES, device=device)
+    error_RVH = torch.zeros(len(DISTANCES), len(GATES), heads, dtype=torch.float64, device=device)
     mixer.state.gate.fill_(1)
-    gates_V = torch.tensor(GATES, device=k_GTP.device)
-    error_VH = torch.zeros(len(GATES), mixer.shape.heads, dtype=torch.float64, device=k_GTP.device)
     for (q, k, v, scores), taught in zip(calls, heads_BLE, strict=True):
-        held = empty(k, mixer.shape.window - mixer.shape.sinks, mixer.shape.sinks)
-        window = Window(held, k, v, None, None)
+        window = Window(empty(k, mixer.shape.window - mixer.shape.sinks, mixer.shape.sinks), k, v, None, None)
         near = window.near(q, scores)
-        shrink, far, _ = mixer.far(q, window, near.top_BHL, scores, None)
-        values, mass = near.values_BHLP * shrink.unsqueeze(-1), near.mass_BHL * shrink
-        target = taught.unflatten(-1, (mixer.shape.heads, -1)).transpose(1, 2)
-        for i, gate in enumerate(gates_V):
-            own = (values + gate * far[..., :-1]) / (mass + gate * far[..., -1]).unsqueeze(-1)
-            error_VH[i] += (own - target).double().square().sum((0, 2, 3))
-    mixer.state.gate.copy_(gates_V[error_VH.argmin(0)])
+        target = taught.unflatten(-1, (heads, -1)).transpose(1, 2)
+        for error_VH, distance in zip(error_RVH, DISTANCES, strict=True):
+            mixer.state.A_log.fill_(-math.log(distance))
+            shrink, far, _ = mixer.far(q, window, near.top_BHL, scores, None, tables)
+            values, mass = near.values_BHLP * shrink.unsqueeze(-1), near.mass_BHL * shrink
+            for error_H, gate in zip(error_VH, gates_V, strict=True):
+                own = (values + gate * far[..., :-1]) / (mass + gate * far[..., -1]).unsqueeze(-1)
+                error_H += (own - target).double().square().sum((0, 2, 3))
+    best_RH, gate_RH = error_RVH.min(1)
+    chosen_G = best_RH.unflatten(1, (mixer.shape.groups, -1)).sum(-1).argmin(0)
+    chosen_H = chosen_G.repeat_interleave(heads // mixer.shape.groups)
+    mixer.state.A_log.copy_(-torch.tensor(DISTANCES, device=device)[chosen_G].log())
+    mixer.state.gate.copy_(gates_V[gate_RH.gather(0, chosen_H[None])[0]])
 
 
 def attended(mixer: WindowedMixer, hidden_BLD: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -76,18 +85,31 @@ def attended(mixer: WindowedMixer, hidden_BLD: Tensor, kwargs: dict[str, Any]) -
     return seen[0]
 
 
-def _place(mixer: WindowedMixer, k_GTP: Tensor, scale: float) -> None:
+def _left(mixer: WindowedMixer, k_BGLP: Tensor, tables: Tables | None) -> Tensor:
+    """The keys that leave the window within the text, as the state sees them, [G, T, P]; all where none leaves."""
+    size = mixer.shape.window - mixer.shape.sinks
+    if k_BGLP.shape[2] > size:
+        k_BGLP = k_BGLP[:, :, :-size]
+        tables = None if tables is None else (tables[0][:, size:], tables[1][:, size:])
+    return mixer.placeless(k_BGLP, tables).transpose(0, 1).flatten(1, 2)
+
+
+def _place(mixer: WindowedMixer, k_GTP: Tensor, scale: float, tables: Tables | None) -> None:
     state, repeat = mixer.state, mixer.shape.heads // mixer.shape.groups
     assert state is not None
     centres_GNP, spread_G = prototypes(k_GTP, mixer.shape.state)
     sharp_G11 = (SHARP / spread_G.clamp_min(1e-12))[:, None, None]
     state.key_map.copy_(2 * sharp_G11 * centres_GNP)
     state.key_bias.copy_(-(sharp_G11 * centres_GNP.square()).sum(-1))
+    if mixer.shape.turned:
+        assert tables is not None
+        low, high = (math.log10(edge) for edge in READ)
+        distances = torch.logspace(low, high, 2000, dtype=torch.float64, device=centres_GNP.device).round()
+        centres_GNP = averaged_back(centres_GNP, tables, distances)
     state.query_map.copy_((scale * centres_GNP).repeat_interleave(repeat, dim=0))
     state.query_bias.zero_()
     state.dt_map.zero_()
     state.dt_bias.copy_(inverse_softplus(torch.ones_like(state.dt_bias, dtype=torch.float64)))
-    state.A_log.fill_(-math.log(DISTANCE))
 
 
 def prototypes(k_GTP: Tensor, count: int) -> tuple[Tensor, Tensor]:

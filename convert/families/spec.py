@@ -97,6 +97,7 @@ class FamilySpec:
         window: tokens that a layer sees; None for all.
         softcap: soft cap of the attention scores; None for none.
         rotary: share of channels that RoPE turns in a layer.
+        rotary_halves: whether it turns channel i with i + R/2, of the first R channels, by the tables a layer gets.
         logits: factor and soft cap of the logits.
         eps: name of the norms' eps in the config.
         attention_function: whether attention goes through transformers' registered attention functions.
@@ -126,6 +127,7 @@ class FamilySpec:
     window: Callable[[Any, int], int | None] = sliding_window
     softcap: Callable[[Any], float | None] = lambda config: getattr(config, "attn_logit_softcapping", None)
     rotary: Callable[[Any, int], float] = rotary_share
+    rotary_halves: bool = True
     logits: Callable[[Any], tuple[float, float | None]] = lambda config: (
         1.0,
         getattr(config, "final_logit_softcapping", None),
@@ -171,6 +173,10 @@ class FamilySpec:
             out_bias=out_bias,
             eps=getattr(config, self.eps),
         )
+
+    def turned(self, config: Any, layer: int) -> int:
+        """Channels of a head that RoPE turns in a layer, where it can be taken back; 0 for none."""
+        return round(self.rotary(config, layer) * self.shape(config).head_dim) if self.rotary_halves else 0
 
     def projections(self, attention: nn.Module, config: Any) -> Projections:
         """The three projections of an attention module, fused ones taken apart.

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..cache import MixerCacheLayer, cache_layer, padding_mask, segments
+from ..rope import Tables, tables_in
 from ..window import Scores
 from .base import Mixer, MixerShape
 
@@ -42,12 +43,20 @@ class AttendingMixer(Mixer):
         self.out_name = out
 
     @abstractmethod
-    def answer(self, hidden_BLD: Tensor, valid_BL: Tensor | None, segment_BL: Tensor | None, cache: Any) -> Attend:
+    def answer(
+        self,
+        hidden_BLD: Tensor,
+        valid_BL: Tensor | None,
+        segment_BL: Tensor | None,
+        cache: Any,
+        tables: Tables | None,
+    ) -> Attend:
         """What stands for the softmax in one call of the attention.
 
         Args:
             hidden_BLD: what enters the layer.
             cache: None, or this layer's place in the cache, of `cache_kind`.
+            tables: RoPE's, of these tokens.
         """
 
     def output(self) -> nn.Linear:
@@ -71,13 +80,13 @@ class AttendingMixer(Mixer):
         segment_BL = segments(position_ids)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-        attend = self.answer(hidden_states, valid_BL, segment_BL, cache)
+        attend = self.answer(hidden_states, valid_BL, segment_BL, cache, tables_in(kwargs))
         return self.call_attention(hidden_states, attend, kwargs), None
 
     def features(self, hidden_BLD: Tensor, **kwargs: Any) -> Tensor:
         """What enters the attention's output projection, [B, L, E]; whole documents without padding."""
         kept: list[Tensor] = []
-        answer = self.answer(hidden_BLD, None, None, None)
+        answer = self.answer(hidden_BLD, None, None, None, tables_in(kwargs))
 
         def attend(*arguments: Any) -> Tensor:
             kept.append(answer(*arguments))

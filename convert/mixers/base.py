@@ -33,6 +33,8 @@ class MixerShape:
     # tokens that an attention window holds, its sinks among them; 0 for none
     window: int = 0
     sinks: int = 0
+    # first channels of a head that RoPE turns, which the state behind a window sees turned back; 0 for as they are
+    turned: int = 0
     # query heads that stay attention, in order; `groups` are then the attention's key/value heads
     kept: tuple[int, ...] = ()
 

@@ -5,8 +5,9 @@ prototypes it is close to, B = softmax(key_map k + key_bias); a query reads them
 that lie there, C = gate exp(query_map q + query_bias). The ones beside the values collect the mass, by which window and
 state are divided together. With the gate shut (at the start) or without a state the layer is the window alone.
 
-Queries, keys and values are the attention's own, after norms and RoPE, shared by the query heads of a group: nothing
-but the state is added to what the window caches. B batch, L length, H query heads, G key/value heads, P head width, N
+Queries, keys and values are the attention's own, shared by the query heads of a group: nothing but the state is added
+to what the window caches. The state sees queries and keys with RoPE taken back (rope.py), or it would know no positions
+but those it was made for. B batch, L length, H query heads, G key/value heads, P head width, N
 prototypes.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ssmorph.kernels.ssd import ssd
 
 from ..cache import WindowCacheLayer
+from ..rope import Tables, turned_back
 from ..window import Scores, Window, empty
 from .attending import Attend, AttendingMixer
 from .base import MixerShape
@@ -64,7 +66,14 @@ class WindowedMixer(AttendingMixer):
         layer.keep(held, state if shape.state else None, tokens)
         return layer
 
-    def answer(self, hidden_BLD: Tensor, valid_BL: Tensor | None, segment_BL: Tensor | None, cache: Any) -> Attend:
+    def answer(
+        self,
+        hidden_BLD: Tensor,
+        valid_BL: Tensor | None,
+        segment_BL: Tensor | None,
+        cache: Any,
+        tables: Tables | None,
+    ) -> Attend:
         """Window and state in the place of the softmax."""
         del hidden_BLD
 
@@ -77,7 +86,7 @@ class WindowedMixer(AttendingMixer):
             near = window.near(q_BHLP, scores)
             values_BHLP, mass_BHL, final = near.values_BHLP, near.mass_BHL, None
             if self.state is not None:
-                shrink_BHL, far_BHLQ, final = self.far(q_BHLP, window, near.top_BHL, scores, state)
+                shrink_BHL, far_BHLQ, final = self.far(q_BHLP, window, near.top_BHL, scores, state, tables)
                 values_BHLP = values_BHLP * shrink_BHL.unsqueeze(-1) + far_BHLQ[..., :-1]
                 mass_BHL = mass_BHL * shrink_BHL + far_BHLQ[..., -1]
             if cache is not None:
@@ -87,8 +96,21 @@ class WindowedMixer(AttendingMixer):
 
         return attend
 
+    def placeless(self, x_BHLP: Tensor, tables: Tables | None) -> Tensor:
+        """Queries, or keys that leave the window with them, as the state sees them: without their position; float32."""
+        if not self.shape.turned:
+            return x_BHLP.float()
+        assert tables is not None, "RoPE's tables, which turn queries and keys, come with them"
+        return turned_back(x_BHLP, tables)
+
     def far(
-        self, q_BHLP: Tensor, window: Window, top_BHL: Tensor, scores: Scores, state_BGQN: Tensor | None
+        self,
+        q_BHLP: Tensor,
+        window: Window,
+        top_BHL: Tensor,
+        scores: Scores,
+        state_BGQN: Tensor | None,
+        tables: Tables | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the state answers.
 
@@ -98,8 +120,9 @@ class WindowedMixer(AttendingMixer):
         """
         left, own = window.leaving(), self.state
         assert own is not None
+        q_BHLP, k_BGLP = self.placeless(q_BHLP, tables), self.placeless(left.k_BGLP, tables)
         repeat = self.shape.heads // self.shape.groups
-        logits_BHLN = torch.einsum("bhlp,hnp->bhln", q_BHLP.float(), own.query_map.float())
+        logits_BHLN = torch.einsum("bhlp,hnp->bhln", q_BHLP, own.query_map.float())
         logits_BHLN = logits_BHLN + own.query_bias.float()[:, None]
         logits_BHLN = scores.capped(logits_BHLN)
         over_BHL = torch.maximum(top_BHL, logits_BHLN.detach().amax(-1) - HEADROOM)
@@ -109,11 +132,10 @@ class WindowedMixer(AttendingMixer):
             C_BHLN = C_BHLN * 0
         if left.own_BL is not None:
             C_BHLN = C_BHLN * left.own_BL[:, None, :, None]
-        k_BGLP, v_BGLP = left.k_BGLP.float(), left.v_BGLP.float()
         scores_BGLN = torch.einsum("bglp,gnp->bgln", k_BGLP, own.key_map.float()) + own.key_bias.float()[:, None]
         dt_BGL = F.softplus(torch.einsum("bglp,gp->bgl", k_BGLP, own.dt_map.float()) + own.dt_bias.float()[:, None])
         dt_BGL = dt_BGL * left.enters_BL.unsqueeze(1)
-        x_BGLQ = F.pad(v_BGLP, (0, 1), value=1.0)
+        x_BGLQ = F.pad(left.v_BGLP.float(), (0, 1), value=1.0)
 
         def each(grouped: Tensor) -> Tensor:
             """[B, G, L, ...] as the scan takes it, [B, L, H, ...]."""

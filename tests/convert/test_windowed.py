@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -14,6 +15,7 @@ from ssmorph.convert.families import family_of
 from ssmorph.convert.mixers import WindowedMixer
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.plan import cache_bytes
+from ssmorph.convert.rope import turned, turned_back
 from ssmorph.convert.surgery import MixerChoice, start_mixer
 from ssmorph.convert.windowfit import attended, prototypes
 from ssmorph.errors import UserError
@@ -22,7 +24,7 @@ from ssmorph.stages.decode import filled_cache
 from ssmorph.stages.recipe import build
 from ssmorph.stages.silence import silenced
 from tests.families.hybrids import WITH_WINDOW, close, tokens
-from tests.families.tiny import family_teacher
+from tests.families.tiny import ROWS, family_config, family_teacher
 from tests.models import tiny_hybrid, tiny_teacher
 
 CHOICE = MixerChoice(kind="windowed_mamba2", window=9, sinks=2, state=6)
@@ -44,11 +46,18 @@ def test_it_starts_as_the_window_alone(row: str) -> None:
     assert close(teacher(tokens(2, 40)).logits, expected) == (row == "gemma3")
 
 
-def dense(mixer: WindowedMixer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def dense(mixer: WindowedMixer, q: Tensor, k: Tensor, v: Tensor, scale: float, tables: Any) -> Tensor:
     """The module's formula with a matrix for every head, [B, L, H, P]."""
     assert mixer.state is not None
     s, length, repeat = mixer.state, q.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    q_far, k_far = q, k
+    if tables is not None:
+        # as they are before RoPE, and each key as far back as the window is long
+        gone = mixer.shape.window - mixer.shape.sinks
+        q_far, k_far = turned_back(q, tables), turned_back(k, tables)
+        angle = torch.atan2(tables[1][:, 1:2], tables[0][:, 1:2]) if length > 1 else torch.zeros_like(tables[0])
+        k_far = turned(k_far, torch.cos(gone * angle), -torch.sin(gone * angle))
     row, column = torch.arange(length)[:, None], torch.arange(length)
     left = column <= row - (mixer.shape.window - mixer.shape.sinks)
     near = (column <= row) & (~left | (column < mixer.shape.sinks))
@@ -56,9 +65,9 @@ def dense(mixer: WindowedMixer, q: Tensor, k: Tensor, v: Tensor, scale: float) -
     weights = torch.exp(scale * q @ k.transpose(-1, -2)) * near
     key_map, key_bias = (t.repeat_interleave(repeat, 0) for t in (s.key_map, s.key_bias))
     dt_map, dt_bias, A = (t.repeat_interleave(repeat, 0) for t in (s.dt_map, s.dt_bias, s.A_log.exp()))
-    B = (torch.einsum("bhlp,hnp->bhln", k, key_map) + key_bias[:, None]).softmax(-1)
-    C = torch.exp(torch.einsum("bhlp,hnp->bhln", q, s.query_map) + s.query_bias[:, None]) * s.gate[:, None, None]
-    dt = torch.nn.functional.softplus(torch.einsum("bhlp,hp->bhl", k, dt_map) + dt_bias[:, None]) * (
+    B = (torch.einsum("bhlp,hnp->bhln", k_far, key_map) + key_bias[:, None]).softmax(-1)
+    C = torch.exp(torch.einsum("bhlp,hnp->bhln", q_far, s.query_map) + s.query_bias[:, None]) * s.gate[:, None, None]
+    dt = torch.nn.functional.softplus(torch.einsum("bhlp,hp->bhl", k_far, dt_map) + dt_bias[:, None]) * (
         column >= mixer.shape.sinks
     )
     # a token enters when it leaves the window, and decays with every one that enters after it
@@ -72,15 +81,36 @@ def dense(mixer: WindowedMixer, q: Tensor, k: Tensor, v: Tensor, scale: float) -
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 50])
-@pytest.mark.parametrize("row", ["llama", "qwen3"])
-def test_it_is_the_formula(row: str, length: int) -> None:
+@pytest.mark.parametrize("row", ["llama", "qwen3", "phi"])
+@pytest.mark.parametrize("back", [True, False])
+def test_it_is_the_formula(row: str, length: int, back: bool) -> None:
     teacher = family_teacher(row)
     mixer = tiny_hybrid("windowed_mamba2", (1,), teacher).mixers()[1]
+    assert mixer.shape.turned == mixer.shape.head_dim // (2 if row == "phi" else 1)
+    if not back:
+        # what configs say nothing of it mean
+        mixer.shape = dataclasses.replace(mixer.shape, turned=0)
     hidden = torch.randn(2, length, mixer.shape.hidden, generator=torch.Generator().manual_seed(0))
     rope = teacher.model.rotary_emb(hidden, torch.arange(length)[None])
     q, k, v, scores = attended(mixer, hidden, {"position_embeddings": rope})
     own = mixer.features(hidden, position_embeddings=rope).unflatten(-1, (mixer.shape.heads, -1))
-    assert close(own, dense(mixer, q, k, v, scores.scale))
+    assert close(own, dense(mixer, q, k, v, scores.scale, rope if back else None))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", [row for row in ROWS if family_of(family_config(row)).attention_function])
+def test_the_state_knows_no_position(row: str) -> None:
+    teacher = family_teacher(row)
+    hybrid = tiny_hybrid("windowed_mamba2", (1,), teacher)
+
+    def moves() -> bool:
+        here, there = (hybrid(tokens(1, 40), position_ids=torch.arange(first, first + 40)[None]) for first in (0, 57))
+        return not close(here.logits, there.logits)
+
+    mixer = hybrid.mixers()[1]
+    assert not moves()
+    turned, mixer.shape = mixer.shape.turned, dataclasses.replace(mixer.shape, turned=0)
+    assert moves() == (turned > 0)
 
 
 @pytest.mark.parametrize(
