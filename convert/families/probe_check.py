@@ -57,8 +57,9 @@ def checked(model: Any, spec: FamilySpec) -> FamilySpec:
         logits=_logits(model, last_BLD, logits_BLV),
         unit_offset=_unit_offset(spec, spec.attention(model, 0)),
     )
-    shares = [_check_layer(model, spec, i, call) for i, call in sorted(calls.items())]
-    return dataclasses.replace(spec, rotary=_rotary(model.config, shares))
+    turns = [_check_layer(model, spec, i, call) for i, call in sorted(calls.items())]
+    halves = all(halves for share, halves in turns if share)
+    return dataclasses.replace(spec, rotary=_rotary(model.config, [share for share, _ in turns]), rotary_halves=halves)
 
 
 def _child_outputs(layer: nn.Module) -> tuple[dict[str, Tensor], list[Any]]:
@@ -143,9 +144,11 @@ def _unit_offset(spec: FamilySpec, attention: nn.Module) -> bool:
     return offsets == {True}
 
 
-def _check_layer(model: Any, spec: FamilySpec, layer: int, call: MixerCall) -> float:
-    """A V O must be the layer's own output, and q and k as long as the spec makes them; the share RoPE turns."""
+def _check_layer(model: Any, spec: FamilySpec, layer: int, call: MixerCall) -> tuple[float, bool]:
+    """A V O must be the layer's own output, and q and k as long as the spec makes them; the share that RoPE turns, and
+    whether it turns halves of it against each other by the tables the layer gets."""
     from ..capture import attention_heads
+    from ..rope import tables_in, turned
     from ..surgery import expand_kv
 
     attention, shape = spec.attention(model, layer), spec.shape(model.config)
@@ -159,14 +162,15 @@ def _check_layer(model: Any, spec: FamilySpec, layer: int, call: MixerCall) -> f
         raise CheckError("attention over its values does not make what enters the output projection")
     if not _same(attention.get_submodule(spec.out)(heads_BLE), call.output_BLD):
         raise CheckError("the output projection does not make what leaves its attention")
-    turned = []
+    shares, halves, tables = [], True, tables_in(call.kwargs)
     sides = (("query", parts.query, spec.query_norm, seen.q_BHLP), ("key", parts.key, spec.key_norm, seen.k_BGLP))
     for word, part, norm, rotated in sides:
         own = _normed(F.linear(call.input_BLD, part.weight, part.bias), attention, norm, shape.head_dim)
         if not _same(own.norm(dim=-1), rotated.norm(dim=-1)):
             raise CheckError(f"its {word} heads have other lengths than projection and norm before RoPE give them")
-        turned.append(((own - rotated).abs().amax((0, 1, 2)) > 1e-4).float().mean().item())
-    return max(turned)
+        shares.append(((own - rotated).abs().amax((0, 1, 2)) > 1e-4).float().mean().item())
+        halves &= tables is not None and _same(turned(own, *(t.unsqueeze(1) for t in tables)), rotated)
+    return max(shares), halves
 
 
 def _normed(rows_BLE: Tensor, attention: nn.Module, name: str | None, width: int) -> Tensor:

@@ -53,6 +53,7 @@ def test_the_probe_finds_what_the_listed_families_say(row: str) -> None:
     layers = range(config.num_hidden_layers)
     assert [found.window(config, i) for i in layers] == [spec.window(config, i) for i in layers]
     assert [found.rotary(config, i) for i in layers] == [spec.rotary(config, i) for i in layers]
+    assert [found.turned(config, i) for i in layers] == [spec.turned(config, i) for i in layers]
     names = ("layers", "mixer", "out", "fused") + (() if spec.fused else ("query", "key", "value"))
     assert all(getattr(found, name) == getattr(spec, name) for name in names)
     normed = hasattr(spec.attention(family_teacher(row), 0), spec.query_norm or " ")
@@ -82,6 +83,8 @@ def test_what_only_numbers_tell() -> None:
     assert spec.query_norm == "q_norm"
     assert [spec.rotary(exaone, i) for i in range(4)] == [float(kind == "sliding_attention") for kind in kinds]
     assert family_of(glm).rotary(glm, 0) == 0.5
+    # these two turn neighbouring channels, which the state behind a window does not take back
+    assert [family_of(c).turned(c, 0) for c in (cohere, glm, exaone)] == [0, 0, 12]
     assert family_of(glm).shape(glm).qkv_bias
     assert not family_of(glm).shape(glm).out_bias
 
