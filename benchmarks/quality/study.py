@@ -23,7 +23,7 @@ from .conversions import converted, keep, kept, scored
 RECIPES = Path("configs/study")
 # the rates tried first for the stage that trains on logits; peers train all weights with absolute steps
 RATES = {
-    "ours": (2e-4, 4e-4, 8e-4),
+    "ours": (1e-4, 2e-4, 4e-4),
     "mohawk": (1e-4, 3e-4, 1e-3),
     "mambainllama": (1e-4, 3e-4, 1e-3),
     "matvlm": (3e-4, 1e-3, 3e-3),
@@ -31,13 +31,15 @@ RATES = {
 }
 # while the best is the lowest or highest, one more is tried beyond it
 STEP = {"ours": 2.0}
-# trained beside the mixers, at the same rate
-ALL_TRAINED = ("mohawk", "mambainllama", "radlads")
+# what is no mixer is trained at this share of the rate; MaTVLM trains mixers alone
+REST = {"ours": 1 / 3, "mohawk": 1.0, "mambainllama": 1.0, "radlads": 1.0}
 # what each ingredient of ours is worth: the recipe without it
 WITHOUT = {
     "calibration": ("stages=[{kind: surgery}, {kind: logits, tokens: 30000, batch: 1, checkpoint_every: 16}]",
                     "stages.logits.optim.warmup_percent=10", "stages.logits.optim.decay_percent=90"),
-    "KL": ("stages=[{kind: surgery}, {kind: calibrate, tokens: 30000, refine_steps: 0}]",),
+    "KL": ("stages=[{kind: surgery}, {kind: calibrate, tokens: 30000}]",),
+    "refinement": ("stages.calibrate.refine_steps=0",),
+    "the-rest": ("stages.logits.optim.rest_lr=0",),
     "own-inputs": ("stages.calibrate.inputs=teacher",),
     "output-decays": ("stages.calibrate.decay=distance",),
     "relative-steps": ("stages.logits.optim.kind=adamw",),
@@ -130,8 +132,8 @@ def perform(run: Run) -> None:
     changes.append(f"student.layers={run.layers}")
     if run.without != "KL":
         changes.append(f"stages.logits.optim.lr={run.rate}")
-    if run.recipe in ALL_TRAINED:
-        changes.append(f"stages.logits.optim.rest_lr={run.rate}")
+        if run.recipe in REST and run.without != "the-rest":
+            changes.append(f"stages.logits.optim.rest_lr={run.rate * REST[run.recipe]:.3g}")
     done = converted(run.name, RECIPES / f"{run.recipe}.yaml", changes)
     keep(run.name, {**run._asdict(), **scored(done, tokens=HELD_OUT)})
 
