@@ -124,7 +124,7 @@ class CalibrateStage:
     tokens: int = 16_384
     decay: Literal["output", "distance"] = "output"
     inputs: Literal["student", "teacher"] = "student"
-    refine_steps: int = 42
+    refine_steps: int = 126
 
     def __post_init__(self) -> None:
         require(self.tokens > 0, "calibrate.tokens", "must be positive", self.tokens, "Use 16384.")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from . import beyond, calibration, heads, placement, study
@@ -63,6 +64,27 @@ def _mean(done: list[dict[str, Any]]) -> str:
         return "not run"
     excess, kl = (sum(values) / len(done) for values in ([math.log(r["ratio"]) for r in done], [r["kl"] for r in done]))
     return f"{math.exp(excess):.3g}, {kl:.3f}" + (f" ({len(done)} seeds)" if len(done) > 1 else "")
+
+
+def overtaking() -> str:
+    """When pure Mamba-2 would reach the trained window E, if its KL went on falling as a power of the tokens."""
+    rate, points = study.best_rate("ours"), []
+    for budget in (study.TUNING, study.MIDDLE, study.LARGE) if rate else ():
+        done = [r["kl"] for seed in study.SEEDS if (r := study.Run("ours", budget, rate or 0, seed).result())]
+        if done:
+            points.append((math.log(budget), math.log(sum(done) / len(done))))
+    window = kept(beyond.Run("E", "uniform-15").name)
+    head = ("KL of ours, `mamba2`", "falls as", "E at 100k tokens, first 512 of a text", "would reach E at")
+    if len(points) < 2 or window is None:
+        return table(head, [("not run", *["-"] * 3)])
+    near = [row for row in window["positions"] if row["to"] <= 512]
+    target = sum(r["kl"] * (r["to"] - r["from"]) for r in near) / 512
+    slope, start = linear_regression(*zip(*points, strict=True))
+    tokens = math.exp((math.log(target) - start) / slope)
+    falls = ", ".join(f"{math.exp(kl):.3f} ({math.exp(size) / 1000:.0f}k)" for size, kl in points)
+    return table(
+        head, [(falls, f"tokens^{slope:.2f}", f"{target:.3f}", f"{float(f'{tokens:.1g}') / 1e6:,.0f} million tokens")]
+    )
 
 
 def ingredients() -> str:
@@ -139,7 +161,7 @@ def _heads_row(row: dict[str, float]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "rates": rates, "recipes": recipes, "ingredients": ingredients, "states": states, "layers": layers,
-    "tokens": tokens, "heads": some_heads,
+    "tokens": tokens, "heads": some_heads, "overtaking": overtaking,
 }  # fmt: skip
 
 
