@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -25,6 +25,17 @@ FUNCTION = "ssmorph_attending"
 
 # queries [B, H, L, P], keys and values [B, G, L, P] and how scores are made, to what is attended, [B, L, H, P]
 Attend = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]
+
+
+class AttentionCall(NamedTuple):
+    """What enters a layer, which tokens are valid and of which document, this layer's place in the cache (of
+    `cache_kind`), and RoPE's tables for these tokens."""
+
+    hidden_BLD: Tensor
+    valid_BL: Tensor | None = None
+    segment_BL: Tensor | None = None
+    cache: Any = None
+    tables: Tables | None = None
 
 
 class AttendingMixer(Mixer):
@@ -43,21 +54,8 @@ class AttendingMixer(Mixer):
         self.out_name = out
 
     @abstractmethod
-    def answer(
-        self,
-        hidden_BLD: Tensor,
-        valid_BL: Tensor | None,
-        segment_BL: Tensor | None,
-        cache: Any,
-        tables: Tables | None,
-    ) -> Attend:
-        """What stands for the softmax in one call of the attention.
-
-        Args:
-            hidden_BLD: what enters the layer.
-            cache: None, or this layer's place in the cache, of `cache_kind`.
-            tables: RoPE's, of these tokens.
-        """
+    def answer(self, call: AttentionCall) -> Attend:
+        """What stands for the softmax in one call of the attention."""
 
     def output(self) -> nn.Linear:
         """The attention's output projection."""
@@ -80,13 +78,13 @@ class AttendingMixer(Mixer):
         segment_BL = segments(position_ids)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-        attend = self.answer(hidden_states, valid_BL, segment_BL, cache, tables_in(kwargs))
+        attend = self.answer(AttentionCall(hidden_states, valid_BL, segment_BL, cache, tables_in(kwargs)))
         return self.call_attention(hidden_states, attend, kwargs), None
 
     def features(self, hidden_BLD: Tensor, **kwargs: Any) -> Tensor:
         """What enters the attention's output projection, [B, L, E]; whole documents without padding."""
         kept: list[Tensor] = []
-        answer = self.answer(hidden_BLD, None, None, None, tables_in(kwargs))
+        answer = self.answer(AttentionCall(hidden_BLD, tables=tables_in(kwargs)))
 
         def attend(*arguments: Any) -> Tensor:
             kept.append(answer(*arguments))

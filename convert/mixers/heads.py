@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from ..cache import HeadsCacheLayer
 from ..keys import Keys, attended_keys, pick
-from ..rope import Tables
 from ..window import Scores
-from .attending import Attend, AttendingMixer
+from .attending import Attend, AttendingMixer, AttentionCall
 from .base import MixerShape
 from .mamba2 import Mamba2Mixer
 
@@ -74,16 +73,9 @@ class HeadsMixer(AttendingMixer):
         layer.keep(Keys(k_BGSP, k_BGSP.clone()), tokens)
         return layer
 
-    def answer(
-        self,
-        hidden_BLD: Tensor,
-        valid_BL: Tensor | None,
-        segment_BL: Tensor | None,
-        cache: Any,
-        tables: Tables | None,
-    ) -> Attend:
+    def answer(self, call: AttentionCall) -> Attend:
         """Kept heads and Mamba-2 heads, each in its own place."""
-        del tables
+        hidden_BLD, valid_BL, segment_BL, cache, _ = call
         places = {}
         if segment_BL is not None:
             segment_BL = segment_BL.expand(hidden_BLD.shape[0], -1)

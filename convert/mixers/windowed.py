@@ -13,8 +13,6 @@ prototypes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from ssmorph.kernels.ssd import ssd
 from ..cache import WindowCacheLayer
 from ..rope import Tables, turned_back
 from ..window import Scores, Window, empty
-from .attending import Attend, AttendingMixer
+from .attending import Attend, AttendingMixer, AttentionCall
 from .base import MixerShape
 
 # a prototype may outweigh the window's largest score by e^30 before sums are scaled by it
@@ -66,16 +64,9 @@ class WindowedMixer(AttendingMixer):
         layer.keep(held, state if shape.state else None, tokens)
         return layer
 
-    def answer(
-        self,
-        hidden_BLD: Tensor,
-        valid_BL: Tensor | None,
-        segment_BL: Tensor | None,
-        cache: Any,
-        tables: Tables | None,
-    ) -> Attend:
+    def answer(self, call: AttentionCall) -> Attend:
         """Window and state in the place of the softmax."""
-        del hidden_BLD
+        _, valid_BL, segment_BL, cache, tables = call
 
         def attend(q_BHLP: Tensor, k_BGLP: Tensor, v_BGLP: Tensor, scores: Scores) -> Tensor:
             held = state = None
