@@ -101,29 +101,34 @@ class HoldingCacheLayer(MixerCacheLayer):
 
 
 class WindowCacheLayer(HoldingCacheLayer):
-    """held: keys and values of the window and the sinks (window.py); recurrent_states[0]: [B, G, P+1, N]."""
+    """held: keys and values of the window and the sinks (window.py); whole: those of heads that attend to every token
+    (keys.py); recurrent_states[0]: [B, G, P+1, N]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.held: Held | None = None
+        self.whole: Keys | None = None
 
-    def keep(self, held: Held, state_BGQN: Tensor | None, tokens: int) -> None:
-        """Keeps window and state after `tokens` more tokens; a mixer without a state has None."""
-        self.held = held
+    def keep(self, held: Held | None, state_BGQN: Tensor | None, whole: Keys | None, tokens: int) -> None:
+        """Keeps all of it after `tokens` more tokens; None for what the mixer has not."""
+        self.held, self.whole = held, whole
         if state_BGQN is not None:
             self.recurrent_states[0] = state_BGQN
             self.is_recurrent_states_initialized[0] = True
         self.has_previous_state[0] = True
-        self.device, self.dtype = held.k_BGRP.device, held.k_BGRP.dtype  # type: ignore[assignment]
+        some = self.tensors()[0]
+        self.device, self.dtype = some.device, some.dtype  # type: ignore[assignment]
         self.seen += tokens
 
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
-        return [*(self.held or ()), *(t for t in [self.recurrent_states[0]] if t is not None)]
+        return [*(self.held or ()), *(t for t in [*(self.whole or ()), self.recurrent_states[0]] if t is not None)]
 
     def _map(self, change) -> None:  # type: ignore[no-untyped-def]
         if self.held is not None:
             self.held = Held(*map(change, self.held))
+        if self.whole is not None:
+            self.whole = self.whole.mapped(change)
         if self.is_recurrent_states_initialized[0]:
             self.recurrent_states[0] = change(self.recurrent_states[0])
 
@@ -152,8 +157,7 @@ class HeadsCacheLayer(HoldingCacheLayer):
     def _map(self, change) -> None:  # type: ignore[no-untyped-def]
         super()._map(change)
         if self.held is not None:
-            k_BGSP, v_BGSP, valid_BS = self.held
-            self.held = Keys(change(k_BGSP), change(v_BGSP), None if valid_BS is None else change(valid_BS))
+            self.held = self.held.mapped(change)
 
 
 OneLayer = TypeVar("OneLayer", bound=MixerCacheLayer)

@@ -62,7 +62,8 @@ def mixer_parameters(kind: str, shape: MixerShape, attention: int, head: int = 0
     """
     with torch.device("meta"):
         if shape.window:
-            return attention + (parameters(State(shape)) if shape.state else 0)
+            part = shape.beside()
+            return attention + (parameters(State(part)) if part.state and part.groups else 0)
         if shape.kept:
             beside = shape.beside()
             left_out = beside.heads + 2 * (shape.groups - len(shape.kept_groups()))

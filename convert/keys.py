@@ -7,7 +7,7 @@ heads, G key/value heads that they need, P head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,10 @@ class Keys(NamedTuple):
             valid_BS = torch.cat([self.valid(), new.valid()], dim=1)
         k_BGSP, v_BGSP = torch.cat([self.k_BGSP, new.k_BGSP], dim=2), torch.cat([self.v_BGSP, new.v_BGSP], dim=2)
         return Keys(k_BGSP, v_BGSP, valid_BS)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Keys:
+        """These with every tensor changed alike."""
+        return Keys(change(self.k_BGSP), change(self.v_BGSP), None if self.valid_BS is None else change(self.valid_BS))
 
     def valid(self) -> Tensor:
         """Which of the tokens may be seen, [B, S]."""
@@ -79,6 +83,19 @@ def attended_keys(
         logits_BKLS = torch.cat([logits_BKLS, sink_BKL1], dim=-1)
     weights_BKLS = logits_BKLS.softmax(-1)[..., : k_BKSP.shape[2]]
     return weights_BKLS.to(v_BKSP.dtype) @ v_BKSP
+
+
+def attended_after(
+    held: Keys | None,
+    q_BKLP: Tensor,
+    new: Keys,
+    groups: Sequence[int],
+    segment_BL: Tensor | None,
+    scores: Scores,
+) -> tuple[Tensor, Keys]:
+    """`attended_keys` over what was held and `new`, and what the next call needs of both."""
+    keys = new if held is None else held.joined(new)
+    return attended_keys(q_BKLP, keys, groups, segment_BL, scores), keys.hold(segment_BL, scores.reach)
 
 
 def _seen(length: int, keys: Keys, segment_BL: Tensor | None, reach: int | None) -> Tensor | None:

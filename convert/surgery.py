@@ -46,7 +46,8 @@ class MixerChoice:
     """What layers become and from where they start.
 
     Attributes:
-        kept: of `mamba2_heads`, the heads that stay attention, (layer, head) each; layers without one become mamba2.
+        kept: the query heads that stay attention, (layer, head) each. Layers of `mamba2_heads` without one become
+            mamba2; around a window the others of their key/value heads stay too.
         window: tokens of the attention window, its sinks included.
         state: prototypes that the state behind it holds for each key/value head; 0 for none.
     """
@@ -68,11 +69,11 @@ class MixerChoice:
                    state=shape.state, kept=kept)  # fmt: skip
 
     def at(self, layer: int) -> MixerChoice:
-        """What this layer becomes: with its own kept heads alone, and mamba2 where it has none."""
-        if self.kind != HeadsMixer.kind:
+        """What this layer becomes: with its own kept heads alone, and mamba2 where `mamba2_heads` has none."""
+        if not keeps_attention(self.kind):
             return replace(self, kept=())
         kept = tuple(sorted({pair for pair in self.kept if pair[0] == layer}))
-        return replace(self, kept=kept, kind=self.kind if kept else Mamba2Mixer.kind)
+        return replace(self, kept=kept, kind=self.kind if kept or has_window(self.kind) else Mamba2Mixer.kind)
 
 
 def has_window(kind: str) -> bool:
@@ -90,15 +91,18 @@ def shape_of(attention: AttentionShape, choice: MixerChoice, turned: int = 0) ->
 
     `turned` channels of a head are turned by RoPE; only the state behind a window needs to know.
     """
+    kept = tuple(head for _, head in choice.kept)
     if not has_window(choice.kind):
         faithful = faithful_shape(attention, choice.conv_kernel)
-        kept = tuple(head for _, head in choice.kept)
         return replace(faithful, groups=attention.kv_heads, kept=kept) if kept else faithful
+    repeat = attention.heads // attention.kv_heads
+    read = {head // repeat for head in kept}
     return MixerShape(
         hidden=attention.hidden,
         heads=attention.heads,
         groups=attention.kv_heads,
         head_dim=attention.head_dim,
+        kept=tuple(head for head in range(attention.heads) if head // repeat in read),
         state=0 if choice.kind == "window" else choice.state,
         conv_kernel=1,
         eps=attention.eps,
@@ -122,7 +126,7 @@ def start_mixer(teacher: Any, spec: FamilySpec, layer: int, choice: MixerChoice)
         raise fail("student.mixer", "kept attention needs a family with registered attention functions",
                    f"{choice.kind} for {teacher.config.model_type}", "Use mamba2.")  # fmt: skip
     whole = None
-    if choice.kept:
+    if choice.kept and not has_window(choice.kind):
         # before the mixer is made, so that the same seed draws the same gates as for mamba2
         whole = copy_attention(teacher, spec, layer, Mamba2Mixer.kind, choice.conv_kernel, choice.init)
     attention = copy.deepcopy(spec.attention(teacher, layer)).requires_grad_(True)

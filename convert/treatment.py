@@ -28,20 +28,23 @@ class Treatment(NamedTuple):
 _KEPT = Treatment(KEPT_HEADS, "exact", "softmax over all keys, as before; what follows is of the other heads")
 
 
-def treatments(spec: FamilySpec, config: Any, layers: Sequence[int], mixer: str, init: str = "copy") -> list[Treatment]:
+def treatments(
+    spec: FamilySpec, config: Any, layers: Sequence[int], mixer: str, init: str = "copy", heads: bool = False
+) -> list[Treatment]:
     """One row for each feature that this teacher has: first of the converted layers' attention, then of the rest.
 
     Args:
         layers: the converted layers; without any, only the rows of what stays.
         mixer: kind of mixer that they become.
+        heads: whether some heads of these layers stay attention.
         init: what surgery copies; of `random` mixers only what training can win back is attention's.
     """
     if init == "random" and layers:
         note = "mixers start at random; the alignment stages teach them all of it"
         return [Treatment("attention", "dropped", note), *_untouched(spec, config)]
+    kept = [_KEPT] if (heads or mixer == HeadsMixer.kind) and layers else []
     if mixer in WINDOWED and layers:
-        return [*_windowed(mixer), *_untouched(spec, config)]
-    kept = [_KEPT] if mixer == HeadsMixer.kind and layers else []
+        return [*kept, *_windowed(mixer), *_untouched(spec, config)]
     converted = [*kept, *_projections(spec, config, mixer), *_scores(spec, config, layers)] if layers else []
     return [*converted, *_untouched(spec, config)]
 

@@ -50,14 +50,14 @@ def fit_state(
     calls = [attended(mixer, u, kwargs) for u in inputs]
     tables = tables_in(kwargs)
     _place(mixer, torch.cat([_left(mixer, k, tables) for _, k, *_ in calls], dim=1), calls[0][3].scale, tables)
-    heads, device = mixer.shape.heads, mixer.state.gate.device
+    heads, groups, device = mixer.part.heads, mixer.part.groups, mixer.state.gate.device
     gates_V = torch.tensor(GATES, device=device)
     error_RVH = torch.zeros(len(DISTANCES), len(GATES), heads, dtype=torch.float64, device=device)
     mixer.state.gate.fill_(1)
     for (q, k, v, scores), taught in zip(calls, heads_BLE, strict=True):
         window = Window(empty(k, mixer.shape.window - mixer.shape.sinks, mixer.shape.sinks), k, v, None, None)
         near = window.near(q, scores)
-        target = taught.unflatten(-1, (heads, -1)).transpose(1, 2)
+        target = taught.unflatten(-1, (mixer.shape.heads, -1)).transpose(1, 2)[:, mixer.heads]
         for error_VH, distance in zip(error_RVH, DISTANCES, strict=True):
             mixer.state.A_log.fill_(-math.log(distance))
             shrink, far, _ = mixer.far(q, window, near.top_BHL, scores, None, tables)
@@ -66,14 +66,14 @@ def fit_state(
                 own = (values + gate * far[..., :-1]) / (mass + gate * far[..., -1]).unsqueeze(-1)
                 error_H += (own - target).double().square().sum((0, 2, 3))
     best_RH, gate_RH = error_RVH.min(1)
-    chosen_G = best_RH.unflatten(1, (mixer.shape.groups, -1)).sum(-1).argmin(0)
-    chosen_H = chosen_G.repeat_interleave(heads // mixer.shape.groups)
+    chosen_G = best_RH.unflatten(1, (groups, -1)).sum(-1).argmin(0)
+    chosen_H = chosen_G.repeat_interleave(heads // groups)
     mixer.state.A_log.copy_(-torch.tensor(DISTANCES, device=device)[chosen_G].log())
     mixer.state.gate.copy_(gates_V[gate_RH.gather(0, chosen_H[None])[0]])
 
 
 def attended(mixer: WindowedMixer, hidden_BLD: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Queries, keys, values and scores of one call, as `Attend` has them."""
+    """Queries, keys, values and scores of one call, as `Attend` has them, of the heads that have a window."""
     seen: list[tuple[Any, ...]] = []
 
     def attend(*arguments: Any) -> Tensor:
@@ -82,7 +82,7 @@ def attended(mixer: WindowedMixer, hidden_BLD: Tensor, kwargs: dict[str, Any]) -
         return torch.zeros_like(q_BHLP).transpose(1, 2)
 
     mixer.call_attention(hidden_BLD, attend, kwargs)
-    return seen[0]
+    return mixer.with_window(*seen[0])
 
 
 def _left(mixer: WindowedMixer, k_BGLP: Tensor, tables: Tables | None) -> Tensor:
@@ -95,7 +95,7 @@ def _left(mixer: WindowedMixer, k_BGLP: Tensor, tables: Tables | None) -> Tensor
 
 
 def _place(mixer: WindowedMixer, k_GTP: Tensor, scale: float, tables: Tables | None) -> None:
-    state, repeat = mixer.state, mixer.shape.heads // mixer.shape.groups
+    state, repeat = mixer.state, mixer.part.heads // mixer.part.groups
     assert state is not None
     centres_GNP, spread_G = prototypes(k_GTP, mixer.shape.state)
     sharp_G11 = (SHARP / spread_G.clamp_min(1e-12))[:, None, None]

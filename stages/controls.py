@@ -6,22 +6,27 @@ The window is the honest rival: attention over the last tokens and a few sinks, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssmorph.convert.families import AttentionShape, FamilySpec
-from ssmorph.convert.mixers import MixerShape
-from ssmorph.convert.plan import cache_bytes, kv_bytes_per_token
+from ssmorph.convert.families import FamilySpec
+from ssmorph.convert.mixers import Mixer
+from ssmorph.convert.plan import cache_bytes, kept_bytes_per_token, kv_bytes_per_token
 
 SINKS = 4
 
 
-def equal_window(shape: MixerShape, attention: AttentionShape, dtype: torch.dtype) -> int:
-    """Tokens of keys and values, sinks included, that fit into one mixer's state."""
-    return cache_bytes(shape, dtype.itemsize) // kv_bytes_per_token(attention, dtype.itemsize)
+def equal_window(teacher: Any, spec: FamilySpec, mixers: Mapping[int, Mixer], context: int) -> int:
+    """Tokens of keys and values, sinks included, in the bytes that all mixers hold together after `context` tokens."""
+    size, held = teacher.dtype.itemsize, 0
+    for layer, mixer in mixers.items():
+        # what kept heads hold grows with the text, or until their own sliding window is full
+        reached = min(context, spec.window(teacher.config, layer) or context)
+        held += cache_bytes(mixer.shape, size) + reached * kept_bytes_per_token(mixer.shape, size)
+    return held // (len(mixers) * kv_bytes_per_token(spec.shape(teacher.config), size))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmorph.convert.families import FamilySpec, attention_shape
+from ssmorph.convert.families import FamilySpec
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import MixerChoice, start_mixer
 
@@ -56,10 +56,10 @@ def evaluate(
     """
     started = time.monotonic()
     layers = sorted(hybrid.mixers())
-    rivals = _controls(teacher, hybrid, spec, layers, seed) if controls and layers else []
+    window_tokens = equal_window(teacher, spec, hybrid.mixers(), suite.lengths[0]) if layers else 0
+    rivals = _controls(teacher, hybrid, spec, window_tokens, seed) if controls and layers else []
     beside = [Candidate(name, load()) for name, load in further]
     candidates = [Candidate("hybrid", hybrid), *rivals, *beside]
-    window_tokens = _window(teacher, hybrid) if layers else 0
     report: dict[str, Any] = {
         "converted": layers,
         "layers": len(spec.decoder_layers(teacher)),
@@ -146,17 +146,12 @@ def heldout_sets(data: PackedData, length: int, suite: Suite) -> list[tuple[str,
     return [(name, torch.cat(list(sources.values()))) for name, sources in heldout_sources(data, length, suite)]
 
 
-def _window(teacher: Any, hybrid: Any) -> int:
-    """Of the largest state; keys and values of kept heads, which grow with the text, are not counted."""
-    attention = attention_shape(teacher.config)
-    return max(equal_window(mixer.shape, attention, teacher.dtype) for mixer in hybrid.mixers().values())
-
-
-def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, layers: list[int], seed: int) -> list[Candidate]:
+def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, tokens: int, seed: int) -> list[Candidate]:
+    """The copy, no attention, and windows: the mixer's own, and of `tokens`."""
     mixers = hybrid.mixers()
+    layers = sorted(mixers)
     torch.manual_seed(seed)
     copies = {i: start_mixer(teacher, spec, i, MixerChoice.of(m)) for i, m in mixers.items()}
-    tokens = _window(teacher, hybrid)
     own = own_window(next(iter(mixers.values())))
     shorter = []
     if own is not None:

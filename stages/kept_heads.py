@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ssmorph.convert.families import AttentionShape
 from ssmorph.convert.plan import Head, foremost_heads, listed_heads, retrieval_count, spread_heads
+from ssmorph.convert.surgery import has_window
 
 from .config import RunConfig
 from .context import Context
-from .head_probe import head_importance
+from .head_probe import far_importance, head_importance
 
 FILE = "placement/heads.json"
 
@@ -42,16 +45,27 @@ def heads_before_probe(config: RunConfig, layers: tuple[int, ...], attention: At
     return spread_heads(count, layers, attention)
 
 
+def heads_importance(ctx: Context) -> Tensor:
+    """How much each head matters to fetching a value by its key, [layers, heads]: behind a window if there is one."""
+    student, seed, probes = ctx.config.student, ctx.config.seed, ctx.config.placement.probes
+    if has_window(student.mixer):
+        size = student.window, student.sinks
+        return far_importance(ctx.teacher, ctx.spec, ctx.tokenizer, *size, seed=seed, probes=probes)
+    return head_importance(ctx.teacher, ctx.spec, ctx.tokenizer, seed=seed, probes=probes)
+
+
 def _importance(ctx: Context) -> list[list[float]]:
-    """How much each head matters to retrieval, [layers, heads]."""
-    teacher, seed, probes = ctx.config.teacher, ctx.config.seed, ctx.config.placement.probes
-    stamp: dict[str, Any] = {"source": teacher.source, "revision": teacher.revision, "seed": seed, "probes": probes}
+    """The same, asked once for a run."""
+    teacher, student = ctx.config.teacher, ctx.config.student
+    stamp: dict[str, Any] = {"source": teacher.source, "revision": teacher.revision, "seed": ctx.config.seed,
+                             "probes": ctx.config.placement.probes}  # fmt: skip
+    if has_window(student.mixer):
+        stamp |= {"window": student.window, "sinks": student.sinks}
     found = ctx.run.read_json(FILE)
     if found is None or found["stamp"] != stamp:
-        ctx.say("heads: one backward pass over a key-value probe")
+        ctx.say("heads: a key-value probe, and its gradient")
         ctx.run.stage_dir("placement")
-        measured = head_importance(ctx.teacher, ctx.spec, ctx.tokenizer, seed=seed, probes=probes)
-        found = {"stamp": stamp, "importance": measured.tolist()}
+        found = {"stamp": stamp, "importance": heads_importance(ctx).tolist()}
         ctx.run.write_json(FILE, found)
     importance: list[list[float]] = found["importance"]
     return importance

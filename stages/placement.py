@@ -43,7 +43,7 @@ from .config import (
     as_dict,
 )
 from .context import Context
-from .head_probe import head_importance
+from .kept_heads import heads_importance
 from .nested import RunStages, plain_config, staged_student
 from .placement_gates import GateState, train_gates
 from .rundir import RunDir, remove_folder
@@ -195,10 +195,7 @@ class Scoring:
 
     def _retrieval(self) -> None:
         """The sum over a layer's heads of how much each matters to fetching a value by its key."""
-        ctx = self.ctx
-        heads = head_importance(
-            ctx.teacher, ctx.spec, ctx.tokenizer, seed=ctx.config.seed, probes=ctx.config.placement.probes
-        )
+        heads = heads_importance(self.ctx)
         self._save(heads=heads.tolist(), scores=heads.sum(1).tolist())
 
     def _gates(self) -> None:

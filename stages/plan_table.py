@@ -22,7 +22,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     for row in plan["layers"]:
         window = f" up to {row['cache_tokens']:,}" if row["cache_tokens"] is not None else ""
         per_token = f"{row['cache_bytes_per_token']:,} B{window}"
-        kept = row["kept_heads"] if row["becomes"] == "mamba2_heads" else []
+        kept = row["kept_heads"] if row["layer"] in plan["converted"] else []
         becomes = row["becomes"] + (f", keeps {', '.join(map(str, kept))}" if kept else "")
         cells = [str(row["layer"]), becomes, f"{row['parameters']:,}", per_token]
         table.add_row(*cells, f"{row['cache_bytes_fixed']:,} B")

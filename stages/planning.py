@@ -75,7 +75,9 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
         "parameters_added": added,
         "smaller_from_tokens": max((c for i in layers if (c := crossovers[i]) is not None), default=crossovers[0]),
         "never_smaller": [i for i in layers if _never_smaller(crossovers[i], spec.window(teacher, i))],
-        "treatment": [row._asdict() for row in treatments(spec, teacher, layers, config.student.mixer, init)],
+        "treatment": [
+            row._asdict() for row in treatments(spec, teacher, layers, config.student.mixer, init, bool(heads))
+        ],
         "stock_export_fits": spec.stock_export(teacher) if config.student.mixer == "mamba2" else None,
         "estimate": _estimate(config, counts, sum(made[i] for i in layers), added, attention.hidden),
     }

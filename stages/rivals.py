@@ -11,8 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ssmorph.convert.families import attention_shape
-
 from .config import MixingStage, StudentConfig
 from .context import Context
 from .controls import SINKS, equal_window
@@ -27,11 +25,8 @@ def trained_windows(ctx: Context, run_stages: RunStages) -> list[tuple[str, Call
     mixers = ctx.student.mixers()
     if not mixers:
         return []
-    shape = next(iter(mixers.values())).shape
-    window, own = (
-        equal_window(shape, attention_shape(ctx.teacher.config), ctx.teacher.dtype),
-        own_window(mixers[min(mixers)]),
-    )
+    window = equal_window(ctx.teacher, ctx.spec, mixers, ctx.config.data.window)
+    own = own_window(mixers[min(mixers)])
     sinks = SINKS if own is None else own[1]
     students = {"window_trained": _window(ctx, sorted(mixers), window, sinks)}
     if own is not None:

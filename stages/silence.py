@@ -6,7 +6,7 @@ B batch, L length, D model width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -83,16 +83,24 @@ def _shut(mixer: WindowedMixer) -> Iterator[None]:
 @contextlib.contextmanager
 def restored(hybrid: Any, teacher: Any, spec: FamilySpec, layers: list[int]) -> Iterator[None]:
     """While open, `layers` of the hybrid have the teacher's attention again."""
-    own, taught = spec.decoder_layers(hybrid), spec.decoder_layers(teacher)
+    taught = spec.decoder_layers(teacher)
+    with replaced(hybrid, spec, {i: taught[i].get_submodule(spec.mixer) for i in layers}):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(model: Any, spec: FamilySpec, mixers: Mapping[int, nn.Module]) -> Iterator[None]:
+    """While open, `mixers` stand in the places of these layers' attentions or mixers."""
+    layers = spec.decoder_layers(model)
     path, _, name = spec.mixer.rpartition(".")
-    before = {i: own[i].get_submodule(spec.mixer) for i in layers}
+    before = {i: layers[i].get_submodule(spec.mixer) for i in mixers}
     try:
-        for i in layers:
-            setattr(own[i].get_submodule(path), name, taught[i].get_submodule(spec.mixer))
+        for i, mixer in mixers.items():
+            setattr(layers[i].get_submodule(path), name, mixer)
         yield
     finally:
         for i, mixer in before.items():
-            setattr(own[i].get_submodule(path), name, mixer)
+            setattr(layers[i].get_submodule(path), name, mixer)
 
 
 def own_window(mixer: Mixer) -> tuple[int, int] | None:

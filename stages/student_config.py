@@ -11,6 +11,7 @@ from ssmorph.convert.plan import SCORED, UNSCORED, retrieval_count, strategy_of
 from ..errors import require
 
 HEADS = "mamba2_heads"
+KEEPING = (HEADS, "windowed_mamba2", "window")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +20,9 @@ class StudentConfig:
 
     `layers`: a list of indices, `all`, or NAME-K, K being the number of layers that are converted. NAME is uniform,
     first, last or middle, or one that scores them first: loo, kl, retrieval, smart or gates (docs/method.md). A scoring
-    NAME without K converts as many as `placement.cache_mib` asks for. `heads`, of mamba2_heads: which query heads of
-    converted layers stay attention, a list of 'LAYER.HEAD', or `retrieval-N`: the N that matter most to fetching a
-    value by its key.
+    NAME without K converts as many as `placement.cache_mib` asks for. `heads`, of mamba2_heads and mixers with windows:
+    which query heads of converted layers stay attention, a list of 'LAYER.HEAD', or `retrieval-N`: the N that matter
+    most to fetching a value by its key. Around a window all heads that share a key/value head with them stay too.
     """
 
     mixer: Literal["mamba2", "discrete_mamba2", "windowed_mamba2", "window", "mamba2_heads"] = "mamba2"
@@ -66,8 +67,8 @@ class StudentConfig:
         got = repr(self.heads) if isinstance(self.heads, str) else list(self.heads)
         require(ok, "student.heads", "must be a list of distinct 'LAYER.HEAD', or 'retrieval-N'", got,
                  "Use 'retrieval-20'.")  # fmt: skip
-        require(not self.heads or self.mixer == HEADS, "student.heads", f"needs mixer {HEADS}", self.mixer,
-                 f"Use {HEADS}, or leave heads out.")  # fmt: skip
+        require(not self.heads or self.mixer in KEEPING, "student.heads", f"needs a mixer of {', '.join(KEEPING)}",
+                 self.mixer, f"Use {HEADS}, or leave heads out.")  # fmt: skip
         require(bool(self.heads) or self.mixer != HEADS, "student.heads", f"{HEADS} needs heads to keep", got,
                  "Use 'retrieval-20', or mixer: mamba2.")  # fmt: skip
 

@@ -16,6 +16,10 @@ from ssmorph.convert.tiny import strengthen, tiny_config
 
 # heads that stay attention, (layer, head): none in layer 0, of both key/value heads in layer 1, all in layer 2
 KEPT = ((1, 1), (1, 4), *((2, head) for head in range(6)), (3, 5))
+# around windows: the first key/value head of layer 1, all of layer 2, the last of layer 3
+WHOLE = ((1, 0), *((2, head) for head in range(6)), (3, 5))
+# `windowed_mamba2` with these, as the tests call it
+WINDOWED_HEADS = "windowed_heads"
 
 
 def tiny_teacher(**changes: Any) -> Any:
@@ -23,14 +27,19 @@ def tiny_teacher(**changes: Any) -> Any:
     return strengthen(LlamaForCausalLM(tiny_config(**changes))).eval().requires_grad_(False)
 
 
+def choice_of(kind: str) -> MixerChoice:
+    """What a mixer is made of; a window shorter than any text of the tests, so that its state is asked."""
+    if kind == WINDOWED_HEADS:
+        return MixerChoice(kind=WindowedMixer.kind, window=5, sinks=2, state=7, kept=WHOLE)
+    return MixerChoice(kind=kind, window=5, sinks=2, state=7, kept=KEPT if kind == HeadsMixer.kind else ())
+
+
 def tiny_hybrid(kind: str = "mamba2", layers: tuple[int, ...] = (1, 3), teacher: Any = None) -> Any:
     """A hybrid whose every tap, gate, decay and skip is drawn at random, and whose state demonstrably matters."""
     teacher = teacher or tiny_teacher()
     family = family_of(teacher.config)
     torch.manual_seed(0)
-    # a window shorter than any text of the tests, so that its state is asked
-    choice = MixerChoice(kind=kind, window=5, sinks=2, state=7, kept=KEPT)
-    mixers = {i: start_mixer(teacher, family, i, choice) for i in layers}
+    mixers = {i: start_mixer(teacher, family, i, choice_of(kind)) for i in layers}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for mixer in mixers.values():
@@ -59,7 +68,7 @@ def assert_states_matter(student: Any) -> None:
     tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(2))
     cache = student(tokens[:, :20], use_cache=True).past_key_values
     expected = student(tokens[:, 20:], past_key_values=copy.deepcopy(cache)).logits
-    for part in ("recurrent_states", "conv_states", "held"):
+    for part in ("recurrent_states", "conv_states", "held", "whole"):
         damaged, zeroed = copy.deepcopy(cache), 0
         for i in student.mixers():
             kept = getattr(damaged.layers[i], part, None) or {}

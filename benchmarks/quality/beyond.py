@@ -1,7 +1,8 @@
 """A state against a window of the same bytes, both trained on the same tokens, where a window cannot help.
 
 `python -m benchmarks.quality.beyond` converts SmolLM2-135M (15, 22 and 30 of 30 layers) to `windowed_mamba2` and to
-`window` (E: the bytes of the former; W: its window alone). Measured are perplexity and KL by position in held-out
+`window` (E: the bytes of the former; W: its window alone), and all layers with a few heads kept whole, whose keys and
+values E then has in bytes too. Measured are perplexity and KL by position in held-out
 windows of 4096, and retrieval from further away than any window reaches. `--table` prints what is there, `--only
 PREFIX...` picks some, `--of RUN_DIR` measures any finished run in the same way.
 """
@@ -22,15 +23,23 @@ BUDGET, SEED, WINDOW, RATE = 100_000, 0, 1024, 3e-4
 SHARES = ("stages.calibrate.tokens=1000", "stages.logits.tokens=2000")
 # tokens of keys and values as large as a window of 64 and 64 prototypes
 EQUAL = 97
+# the 8 foremost heads read 7 of 90 key/value heads: as large as 80 tokens of all where retrieval is asked, at 1024
+HEADS, EQUAL_HEADS = 8, 177
 MIXERS = {
     "state": ("student.mixer=windowed_mamba2",),
     "E": ("student.mixer=window", f"student.window={EQUAL}"),
     "W": ("student.mixer=window",),
+    "heads": ("student.mixer=windowed_mamba2", f"student.heads=retrieval-{HEADS}"),
+    "E-heads": ("student.mixer=window", f"student.window={EQUAL_HEADS}"),
 }
+# each of the others at all of LAYERS
+ONLY = {"W": ("uniform-15",), "heads": ("all",), "E-heads": ("all",)}
 TITLES = {
     "state": "**`windowed_mamba2`**: 64 tokens, 64 prototypes",
     "E": f"E: `window` of {EQUAL} tokens",
     "W": "W: `window` of 64 tokens",
+    "heads": "**the same, 7 of 90 key/value heads whole**",
+    "E-heads": f"E of these: `window` of {EQUAL_HEADS} tokens",
 }
 LONG, LONG_TOKENS = 4096, 32_768
 EDGES = (0, 96, 512, 1024, 2048, 4095)
@@ -50,8 +59,8 @@ class Run(NamedTuple):
 
 
 def runs() -> list[Run]:
-    """All of them; the short window alone is converted at the fewest layers only."""
-    return [Run(mixer, layers) for layers in LAYERS for mixer in MIXERS if mixer != "W" or layers == LAYERS[-1]]
+    """All of them."""
+    return [Run(mixer, layers) for layers in LAYERS for mixer in MIXERS if layers in ONLY.get(mixer, LAYERS)]
 
 
 def perform(run: Run) -> None:

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..cache import MixerCacheLayer, cache_layer, padding_mask, segments
+from ..keys import Keys
 from ..rope import Tables, tables_in
 from ..window import Scores
 from .base import Mixer, MixerShape
@@ -62,6 +63,14 @@ class AttendingMixer(Mixer):
         out = self.attention.get_submodule(self.out_name)
         assert isinstance(out, nn.Linear)
         return out
+
+    def synthetic_keys(self, tokens: int) -> Keys:
+        """Keys and values as large as kept heads hold after `tokens` tokens of one row."""
+        # as the families' attentions read it themselves
+        reach = getattr(self.attention, "sliding_window", getattr(self.attention.config, "sliding_window", None))
+        held = tokens if reach is None else min(tokens, reach - 1)
+        k_BGSP = self.output().weight.new_zeros(1, len(self.shape.kept_groups()), held, self.shape.head_dim)
+        return Keys(k_BGSP, k_BGSP.clone())
 
     def forward(
         self,

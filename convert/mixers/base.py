@@ -35,7 +35,7 @@ class MixerShape:
     sinks: int = 0
     # first channels of a head that RoPE turns, which the state behind a window sees turned back; 0 for as they are
     turned: int = 0
-    # query heads that stay attention, in order; `groups` are then the attention's key/value heads
+    # query heads that stay attention, in order (with a window: all of a key/value head); `groups` are key/value heads
     kept: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -65,7 +65,10 @@ class MixerShape:
         return sorted({self.group_of(h) for h in self.kept})
 
     def beside(self) -> MixerShape:
-        """The Mamba-2 heads beside the kept ones: one for each head that is not kept, groups = heads."""
+        """The heads beside the kept ones: Mamba-2 heads with groups = heads, or key/value heads that have a window."""
+        if self.window:
+            rest = self.groups - len(self.kept_groups())
+            return replace(self, heads=rest * (self.heads // self.groups), groups=rest, kept=())
         rest = self.heads - len(self.kept)
         return replace(self, heads=rest, groups=rest, kept=())
 

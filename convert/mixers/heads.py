@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import HeadsCacheLayer
-from ..keys import Keys, attended_keys, pick
+from ..keys import Keys, attended_after, pick
 from ..window import Scores
 from .attending import Attend, AttendingMixer, AttentionCall
 from .base import MixerShape
@@ -62,15 +62,11 @@ class HeadsMixer(AttendingMixer):
 
     def synthetic_cache(self, tokens: int) -> HeadsCacheLayer:
         """A cache as large as it is after `tokens` tokens of one row, for measurements of speed and bytes."""
-        shape, layer = self.shape, HeadsCacheLayer()
+        layer = HeadsCacheLayer()
         if self.scan is not None:
             conv_BKC, state_BHPN = self.scan.synthetic_cache(0).tensors()
             layer.store(conv_BKC, state_BHPN, 0)
-        # as the families' attentions read it themselves
-        reach = getattr(self.attention, "sliding_window", getattr(self.attention.config, "sliding_window", None))
-        held = tokens if reach is None else min(tokens, reach - 1)
-        k_BGSP = self.output().weight.new_zeros(1, len(shape.kept_groups()), held, shape.head_dim)
-        layer.keep(Keys(k_BGSP, k_BGSP.clone()), tokens)
+        layer.keep(self.synthetic_keys(tokens), tokens)
         return layer
 
     def answer(self, call: AttentionCall) -> Attend:
@@ -95,16 +91,15 @@ class HeadsMixer(AttendingMixer):
     def _kept(self, q_BHLP: Tensor, new: Keys, segment_BL: Tensor | None, scores: Scores, cache: Any) -> Tensor:
         """What the kept heads attend to, [B, K, L, P]; the cache keeps what they read."""
         shape, groups = self.shape, self.shape.kept_groups()
-        q_BKLP, keys = q_BHLP, new
+        q_BKLP = q_BHLP
         if not self.trimmed:
             q_BKLP = pick(q_BHLP, shape.kept, 1)
-            keys = Keys(pick(new.k_BGSP, groups, 1), pick(new.v_BGSP, groups, 1), new.valid_BS)
-        if cache is not None and cache.held is not None:
-            keys = cache.held.joined(keys)
+            new = Keys(pick(new.k_BGSP, groups, 1), pick(new.v_BGSP, groups, 1), new.valid_BS)
         if scores.logit_H is not None:
             scores = scores._replace(logit_H=pick(scores.logit_H, shape.kept, 0))
         places = [groups.index(shape.group_of(h)) for h in shape.kept]
-        own_BKLP = attended_keys(q_BKLP, keys, places, segment_BL, scores)
+        held = None if cache is None else cache.held
+        own_BKLP, keys = attended_after(held, q_BKLP, new, places, segment_BL, scores)
         if cache is not None:
-            cache.keep(keys.hold(segment_BL, scores.reach), q_BKLP.shape[2])
+            cache.keep(keys, q_BKLP.shape[2])
         return own_BKLP

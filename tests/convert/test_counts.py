@@ -12,10 +12,10 @@ from transformers import AutoConfig
 from ssmorph.convert.counts import expert_share, head_parameters, mixer_parameters, parameters, teacher_counts
 from ssmorph.convert.families import attention_shape, family_of
 from ssmorph.convert.modeling import hybrid_of
-from ssmorph.convert.surgery import MixerChoice, shape_of, start_mixer
+from ssmorph.convert.surgery import shape_of, start_mixer
 from tests.families.hybrids import EACH
 from tests.families.tiny import ROWS, family_config, family_teacher
-from tests.models import KEPT
+from tests.models import choice_of
 
 # with kept heads: none, some, all
 LAYERS = (0, 1, 2)
@@ -42,7 +42,7 @@ def test_counts_are_those_of_the_built_models(row: str, kind: str) -> None:
     spec = family_of(config)
     counts = teacher_counts(config, spec)
     assert counts.total == parameters(teacher)
-    choice = MixerChoice(kind=kind, kept=KEPT)
+    choice = choice_of(kind)
     student = hybrid_of(teacher, {i: start_mixer(teacher, spec, i, choice) for i in LAYERS}, "test")
     added = 0
     for i in LAYERS:

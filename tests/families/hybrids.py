@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from tests.families.tiny import ROWS, family_teacher
-from tests.models import tiny_hybrid
+from tests.models import WINDOWED_HEADS, tiny_hybrid
 
 KINDS = ("mamba2", "discrete_mamba2")
 # a window adds what is an attention's own: soft caps, norms, scales, parallel blocks, one key/value head
 WITH_WINDOW = ("llama", "qwen3", "phi", "gemma2", "gemma3", "gpt_neox", "granite")
 # kept heads add the same, and sliding windows of the teacher's own
 WITH_HEADS = ("llama", "mistral", "phi-normed", "gemma2", "gemma3", "olmo2", "gpt_neox")
+WITH_BOTH = ("llama", "mistral", "gemma2", "gpt_neox")
 EACH = [(row, kind) for row in ROWS for kind in KINDS]
 EACH += [(row, "windowed_mamba2") for row in WITH_WINDOW] + [(row, "mamba2_heads") for row in WITH_HEADS]
+EACH += [(row, WINDOWED_HEADS) for row in WITH_BOTH]
 
 
 def some_layers(row: str, kind: str) -> Any:

@@ -5,9 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssmorph.convert.families import FAMILIES
+from ssmorph.convert.families import FAMILIES, family_of
 from ssmorph.convert.tiny import byte_tokenizer
-from ssmorph.stages.head_probe import gated_heads, head_importance, key_value_probes, value_loss
+from ssmorph.stages.controls import windowed
+from ssmorph.stages.head_probe import (
+    far_heads,
+    far_importance,
+    gated_heads,
+    head_importance,
+    key_value_probes,
+    value_loss,
+)
+from tests.families.hybrids import WITH_BOTH, close, tokens
+from tests.families.tiny import family_teacher
 from tests.models import tiny_teacher
 
 LLAMA = FAMILIES["llama"]
@@ -45,6 +55,43 @@ def test_a_head_whose_output_is_not_read_has_no_importance() -> None:
         teacher.model.layers[2].self_attn.o_proj.weight[:, 8:16] = 0
     found = head_importance(teacher, LLAMA, byte_tokenizer(), seed=0, probes=2, pairs=4)
     assert (found == 0).nonzero().tolist() == [[2, 1]]
+
+
+def test_other_words_stand_between_pairs_and_questions() -> None:
+    tokens_BL, asked_T = key_value_probes(byte_tokenizer(), seed=0, probes=2, pairs=5, gap=20)
+    assert tokens_BL.shape == (2, 15 + 21 + 15)
+    for row in tokens_BL.tolist():
+        stated = {row[i]: row[i + 1] for i in range(0, 15, 3)}
+        assert [stated[row[i - 1]] for i in asked_T.tolist()] == [row[i] for i in asked_T.tolist()]
+        assert not {*row[15:36:3], *row[16:36:3]} & {*stated, *stated.values()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", WITH_BOTH)
+def test_gates_open_from_the_window_to_the_teacher(row: str) -> None:
+    teacher = family_teacher(row)
+    spec, x = family_of(teacher.config), tokens(2, 40)
+    whole = teacher(x).logits
+    with windowed(teacher, spec, [0, 1, 2, 3], 6, 2):
+        narrow = teacher(x).logits
+    assert not close(whole, narrow)
+    for opening, expected in ((0.0, narrow), (1.0, whole)):
+        with far_heads(teacher, spec, 6, 2, [torch.full((2, 6), opening)] * 4):
+            assert close(teacher(x).logits, expected)
+    assert torch.equal(teacher(x).logits, whole)
+
+
+def test_far_importance_adds_up_to_what_windows_lose() -> None:
+    """Integrated gradients are complete, but for their few steps."""
+    teacher, tokenizer = tiny_teacher(), byte_tokenizer()
+    found = far_importance(teacher, LLAMA, tokenizer, 6, 2, seed=0, probes=2)
+    tokens_BL, asked_T = key_value_probes(tokenizer, 0, 2, gap=6)
+    with torch.no_grad():
+        whole = value_loss(teacher, tokens_BL, asked_T).mean()
+        with windowed(teacher, LLAMA, [0, 1, 2, 3], 6, 2):
+            narrow = value_loss(teacher, tokens_BL, asked_T).mean()
+    assert abs(float(narrow - whole)) > 0.02
+    assert float(found.sum()) == pytest.approx(float(narrow - whole), rel=0.05)
 
 
 def test_too_few_tokens_are_refused() -> None:

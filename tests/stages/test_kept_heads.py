@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM
 
 import ssmorph.hf  # noqa: F401  registers the classes
 from ssmorph import verbs
-from ssmorph.convert.families import attention_shape
+from ssmorph.convert.families import attention_shape, family_of
 from ssmorph.convert.plan import foremost_heads, listed_heads, spread_heads
+from ssmorph.convert.teachers import load_teacher
 from ssmorph.convert.tiny import tiny_config
 from ssmorph.errors import UserError
 from ssmorph.stages import kept_heads
+from ssmorph.stages.head_probe import far_importance
 from ssmorph.stages.plan_table import print_plan
 from ssmorph.stages.recipe import build, dump, load_recipe
 
@@ -63,6 +65,32 @@ def test_the_probe_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert read(run, "plan.json") == before
     with pytest.raises(UserError, match="does not change"):
         run_tiny(run, *wanted, "student.heads=retrieval-4", until="surgery")
+
+
+def test_heads_beside_a_window_are_those_that_bring_most_from_behind_it(tmp_path: Path) -> None:
+    def windowed(name: str, *overrides: str, until: str | None = None) -> Path:
+        changes = ("student.mixer=windowed_mamba2", "student.window=12", "student.sinks=2", "student.state=8",
+                   "stages=[{kind: surgery}, {kind: calibrate, tokens: 384}]", "placement.probes=2")  # fmt: skip
+        return verbs.convert(
+            RECIPE, *changes, *overrides, run_dir=str(tmp_path / name), until=until, say=lambda _line: None
+        )
+
+    run, plain = windowed("run", "student.heads=retrieval-1"), windowed("plain")
+    teacher, tokenizer = load_teacher("tiny-random-llama")
+    importance = far_importance(teacher, family_of(teacher.config), tokenizer, 12, 2, seed=0, probes=2)
+    assert read(run, "placement/heads.json")["importance"] == importance.tolist()
+    layer, head = max(((i, h) for i in (1, 3) for h in range(6)), key=lambda pair: float(importance[pair]))
+    assert read(run, "plan.json")["heads"] == [[layer, head]]
+    model = AutoModelForCausalLM.from_pretrained(run / "final")
+    first = head // 3 * 3
+    expected = {layer: (first, first + 1, first + 2), 4 - layer: ()}
+    assert {i: m.shape.kept for i, m in model.mixers().items()} == expected
+    # 12 tokens and 8 prototypes of 9 floats are 16.5 tokens of four key/value heads each; one has all 48 instead
+    tokens = [read(r, "report.json")["window_control"]["tokens"] for r in (plain, run)]
+    assert tokens == [16, (3 * 16.5 + 48) // 4]
+    # behind another window other heads matter
+    other = windowed("other", "student.heads=retrieval-1", "student.window=8", until="surgery")
+    assert read(other, "placement/heads.json")["importance"] != importance.tolist()
 
 
 def test_all_of_no_heads_is_mamba2(tmp_path: Path) -> None:
@@ -126,7 +154,7 @@ HEADS = {"mixer": "mamba2_heads", "layers": [1, 3]}
     ("change", "rule"),
     [
         ({"student": HEADS}, "mamba2_heads needs heads to keep"),
-        ({"student": {"heads": ["1.0"]}}, "student.heads: needs mixer mamba2_heads"),
+        ({"student": {"heads": ["1.0"]}}, "student.heads: needs a mixer of mamba2_heads"),
         ({"student": {**HEADS, "heads": [1.0]}}, "student.heads[0]: must be text"),
         ({"student": {**HEADS, "heads": ["1.0", "1.0"]}}, "distinct 'LAYER.HEAD'"),
         ({"student": {**HEADS, "heads": ["1"]}}, "distinct 'LAYER.HEAD'"),

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from ssmorph import verbs
+from ssmorph.convert.families import family_of
+from ssmorph.convert.teachers import load_teacher
 from ssmorph.errors import UserError
 from ssmorph.stages import placement, placement_gates
+from ssmorph.stages.head_probe import far_importance
 from ssmorph.stages.placement_gates import blended, on_budget
 from ssmorph.stages.recipe import load_recipe
 from ssmorph.stages.scores import Candidate, score
@@ -123,6 +126,16 @@ def test_scores_of_another_recipe_are_not_reused(tmp_path: Path) -> None:
     assert len(read(run, "plan.json")["layers"]) == 3
     placed(run, "retrieval-3", "placement.probes=3", start="surgery")
     assert read(run, "placement/retrieval.json")["heads"] != before["heads"]
+
+
+def test_retrieval_keeps_layers_that_see_behind_the_window_where_others_have_one(tmp_path: Path) -> None:
+    mixer = ("student.mixer=windowed_mamba2", "student.window=12", "student.sinks=2", "stages=[{kind: surgery}]")
+    run = verbs.convert(RECIPE, *SMALL, *mixer, "student.layers=retrieval-2", "evaluate.suite=none",
+                        run_dir=str(tmp_path / "run"), say=lambda line: None)  # fmt: skip
+    teacher, tokenizer = load_teacher("tiny-random-llama")
+    probes = load_recipe(RECIPE, list(SMALL)).placement.probes
+    heads = far_importance(teacher, family_of(teacher.config), tokenizer, 12, 2, seed=0, probes=probes)
+    assert read(run, "placement/retrieval.json")["heads"] == heads.tolist()
 
 
 def test_smart_spreads_by_the_scores_of_loo(tmp_path: Path) -> None:
