@@ -1,7 +1,7 @@
 """Which layers to convert: every placement of `student.layers` on one model, text and number of layers.
 
 `python -m benchmarks.quality.placement` runs what is missing and prints what is there; `--table` prints it alone,
-`--strategies` runs some of them. A strategy's result is a file benchmarks/quality/results/placement-*.json; a run that
+`--strategies` runs some of them, `--mixer windowed_mamba2` converts to that. A strategy's result is a file benchmarks/quality/results/placement-*.json; a run that
 was stopped goes on where it was, in the middle of scoring too.
 
 SmolLM2-135M, 22 of 30 layers converted (8 keep their attention), windows of 512. Each strategy gets the same
@@ -24,11 +24,10 @@ from ssmorph.convert.plan import SCORED, UNSCORED
 
 from .conversions import RUNS, TEACHER, keep, kept
 
-RECIPE = Path("configs/study/ours.yaml")
+RECIPES = {"mamba2": "135m-mamba2", "windowed_mamba2": "135m-demo"}
 CONVERTED = 22
-CALIBRATION = 8_192
-# the best of benchmarks.quality.study at 10k tokens
-RATE = 4e-4
+CALIBRATION, WINDOW = 8_192, 512
+RATES = {"mamba2": 4e-4, "windowed_mamba2": 3e-4}
 HELD_OUT = 8_192
 DISTANCES, PROBES = (64, 256), 64
 
@@ -50,9 +49,9 @@ class Run(NamedTuple):
         return kept(self.name)
 
 
-def all_runs(mixer: str = "mamba2", tokens: int = 10_000) -> list[Run]:
-    """Every placement, unscored first."""
-    return [Run(strategy, mixer, tokens) for strategy in UNSCORED + SCORED]
+def all_runs(tokens: int = 10_000) -> list[Run]:
+    """Every mixer and placement, unscored ones first."""
+    return [Run(strategy, mixer, tokens) for mixer in RECIPES for strategy in UNSCORED + SCORED]
 
 
 def perform(run: Run) -> None:
@@ -65,19 +64,24 @@ def perform(run: Run) -> None:
         shutil.copytree(shared, folder / "placement")
     changes = [
         f"student.layers={run.strategy}-{CONVERTED}",
-        f"student.mixer={run.mixer}",
+        f"data.window={WINDOW}",
         "evaluate.suite=none",
         "threads=1",
     ]
     changes += [f"stages.calibrate.tokens={CALIBRATION}", f"stages.logits.tokens={run.tokens}"]
-    changes += [f"placement.calibration_tokens={CALIBRATION}", f"stages.logits.optim.lr={RATE}"]
+    changes += [f"placement.calibration_tokens={CALIBRATION}", f"stages.logits.optim.lr={RATES[run.mixer]}"]
     started = time.process_time()
-    convert(RECIPE, *changes, run_dir=str(folder), say=lambda text: print(f"  {text}", flush=True))
+    convert(
+        Path("configs/smollm2") / f"{RECIPES[run.mixer]}.yaml",
+        *changes,
+        run_dir=str(folder),
+        say=lambda text: print(f"  {text}", flush=True),
+    )
     minutes = (time.process_time() - started) / 60
     plan = json.loads((folder / "plan.json").read_text())
     result = {
         **run._asdict(), "converted": plan["layers"], "scores": plan.get("scores"), "calibration_tokens": CALIBRATION,
-        "rate": RATE, **measured(folder), "cpu_minutes": round(minutes, 1),
+        "rate": RATES[run.mixer], **measured(folder), "cpu_minutes": round(minutes, 1),
     }  # fmt: skip
     if (folder / "placement").is_dir():
         shutil.copytree(folder / "placement", shared, dirs_exist_ok=True)
@@ -98,7 +102,7 @@ def measured(folder: Path) -> dict[str, Any]:
     data = PackedData(folder / "data")
     stages = {"calibrated": "1-calibrate", "trained": "2-logits"}
     students = [Candidate(k, load_student(folder / s / "student", teacher, own_rest=False)) for k, s in stages.items()]
-    _, windows_WL = heldout_sets(data, 512, suite_named("short", HELD_OUT, 512))[0]
+    _, windows_WL = heldout_sets(data, WINDOW, suite_named("short", HELD_OUT, WINDOW))[0]
     rows = {name: s.summary() for name, s in score(teacher, students, windows_WL).items()}
     asked = {d: make_probes(tokenizer, filler_of(data), d, PROBES, 0) for d in DISTANCES}
     found: dict[str, Any] = {}
@@ -136,7 +140,7 @@ def main() -> None:
     """The runs that are missing, then the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--mixer", default="mamba2")
+    parser.add_argument("--mixer", default="mamba2", choices=RECIPES)
     parser.add_argument("--tokens", type=int, default=10_000, help="of KL")
     parser.add_argument("--strategies", nargs="+", choices=UNSCORED + SCORED, default=list(UNSCORED + SCORED))
     arguments = parser.parse_args()

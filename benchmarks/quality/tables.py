@@ -128,9 +128,10 @@ def layers() -> str:
             attention = [i for i in range(30) if i not in result["converted"]]
             pairs = [_pair(result[stage]) for stage in ("calibrated", "trained")]
             found = ", ".join(f"{share:.0%}" for share in result["trained"]["retrieval"].values())
-            rows.append([run.strategy, ", ".join(map(str, attention)), *pairs, found, f"{result['cpu_minutes']}"])
+            kept_in = ", ".join(map(str, attention))
+            rows.append([f"`{run.mixer}`", run.strategy, kept_in, *pairs, found, f"{result['cpu_minutes']}"])
     asked = ", ".join(map(str, placement.DISTANCES))
-    return table(("placement", "keeps attention in", "calibrated: x teacher, KL", "trained",
+    return table(("converted to", "placement", "keeps attention in", "calibrated: x teacher, KL", "trained",
                   f"retrieval over {asked} tokens", "CPU minutes"), rows)  # fmt: skip
 
 
