@@ -119,20 +119,30 @@ def _pair(row: dict[str, float] | None) -> str:
     return "not run" if row is None else f"{row['ratio']:.3f}, {row['kl']:.3f}"
 
 
-def layers() -> str:
-    """Every placement that has run."""
+def layers(mixer: str = "mamba2") -> str:
+    """Every placement of a mixer that has run."""
+    done = [(run, result) for run in placement.all_runs(mixer) if (result := run.result()) is not None]
+    asked = [f"{d} tokens away" for d in placement.DISTANCES]
+    if mixer != "mamba2":
+        asked = [f"{task}, {placement.LENGTH}" for task in placement.TASKS]
     rows = []
-    for run in placement.all_runs():
-        result = run.result()
-        if result is not None:
-            attention = [i for i in range(30) if i not in result["converted"]]
-            pairs = [_pair(result[stage]) for stage in ("calibrated", "trained")]
-            found = ", ".join(f"{share:.0%}" for share in result["trained"]["retrieval"].values())
-            kept_in = ", ".join(map(str, attention))
-            rows.append([f"`{run.mixer}`", run.strategy, kept_in, *pairs, found, f"{result['cpu_minutes']}"])
-    asked = ", ".join(map(str, placement.DISTANCES))
-    return table(("converted to", "placement", "keeps attention in", "calibrated: x teacher, KL", "trained",
-                  f"retrieval over {asked} tokens", "CPU minutes"), rows)  # fmt: skip
+    for run, result in done:
+        attention = ", ".join(str(i) for i in range(30) if i not in result["converted"])
+        pairs = [_pair(result[stage]) for stage in ("calibrated", "trained")]
+        rows.append([run.strategy, attention, *pairs, *_shares(result["trained"]), f"{result['cpu_minutes']}"])
+    if done:
+        rows.append(["", "all: the teacher", "1, 0", "1, 0", *_shares(done[0][1]["teacher"]), ""])
+    head = ("placement", "keeps attention in", "calibrated: x teacher, KL", "trained")
+    return table((*head, *asked, "CPU minutes"), rows)
+
+
+def window_layers() -> str:
+    """The same where layers keep a window with a state behind it."""
+    return layers("windowed_mamba2")
+
+
+def _shares(row: dict[str, Any]) -> list[str]:
+    return [f"{share:.0%}" for share in row["retrieval"].values()]
 
 
 def tokens() -> str:
@@ -162,7 +172,7 @@ def _heads_row(row: dict[str, float]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "rates": rates, "recipes": recipes, "ingredients": ingredients, "states": states, "layers": layers,
-    "tokens": tokens, "heads": some_heads, "overtaking": overtaking,
+    "window-layers": window_layers, "tokens": tokens, "heads": some_heads, "overtaking": overtaking,
 }  # fmt: skip
 
 
