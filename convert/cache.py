@@ -1,7 +1,7 @@
 """The cache of one converted layer: the convolution's last inputs, the recurrent state, and how many tokens were seen.
 
 transformers builds a DynamicCache of attention layers from the teacher's config; a mixer puts this layer in its own
-place on its first call, so forward(), generate(), beams and offloading work unchanged.
+place on its first call, so forward(), generate() and beams work unchanged. Offloading moves states alone.
 """
 
 from __future__ import annotations
@@ -101,17 +101,17 @@ class HoldingCacheLayer(MixerCacheLayer):
 
 
 class WindowCacheLayer(HoldingCacheLayer):
-    """held: keys and values of the window and the sinks (window.py); whole: those of heads that attend to every token
+    """held: keys and values of the window and the sinks (window.py); kept: those of heads that attend to every token
     (keys.py); recurrent_states[0]: [B, G, P+1, N]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.held: Held | None = None
-        self.whole: Keys | None = None
+        self.kept: Keys | None = None
 
-    def keep(self, held: Held | None, state_BGQN: Tensor | None, whole: Keys | None, tokens: int) -> None:
+    def keep(self, held: Held | None, state_BGQN: Tensor | None, kept: Keys | None, tokens: int) -> None:
         """Keeps all of it after `tokens` more tokens; None for what the mixer has not."""
-        self.held, self.whole = held, whole
+        self.held, self.kept = held, kept
         if state_BGQN is not None:
             self.recurrent_states[0] = state_BGQN
             self.is_recurrent_states_initialized[0] = True
@@ -122,13 +122,13 @@ class WindowCacheLayer(HoldingCacheLayer):
 
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
-        return [*(self.held or ()), *(t for t in [*(self.whole or ()), self.recurrent_states[0]] if t is not None)]
+        return [*(self.held or ()), *(t for t in [*(self.kept or ()), self.recurrent_states[0]] if t is not None)]
 
     def _map(self, change) -> None:  # type: ignore[no-untyped-def]
         if self.held is not None:
             self.held = Held(*map(change, self.held))
-        if self.whole is not None:
-            self.whole = self.whole.mapped(change)
+        if self.kept is not None:
+            self.kept = self.kept.mapped(change)
         if self.is_recurrent_states_initialized[0]:
             self.recurrent_states[0] = change(self.recurrent_states[0])
 

@@ -71,9 +71,15 @@ def attended_keys(
         groups: for each query head, the place of its key/value head among those of `keys`.
         segment_BL: documents of the new tokens; what was held belongs to document 0.
     """
-    k_BKSP, v_BKSP = pick(keys.k_BGSP, groups, 1), pick(keys.v_BGSP, groups, 1)
     seen = _seen(q_BKLP.shape[2], keys, segment_BL, scores.reach)
-    if scores.softcap is None and scores.logit_H is None:
+    plain, repeat = scores.softcap is None and scores.logit_H is None, len(groups) // keys.k_BGSP.shape[1]
+    if plain and q_BKLP.shape[2] == 1 and list(groups) == [i // repeat for i in range(len(groups))]:
+        # decoding: the heads of a group as rows of one query, so that nothing held is copied
+        q_BGKP = q_BKLP.unflatten(1, (-1, repeat)).squeeze(3)
+        own_BGKP = F.scaled_dot_product_attention(q_BGKP, keys.k_BGSP, keys.v_BGSP, seen, scale=scores.scale)
+        return own_BGKP.flatten(1, 2).unsqueeze(2)
+    k_BKSP, v_BKSP = pick(keys.k_BGSP, groups, 1), pick(keys.v_BGSP, groups, 1)
+    if plain:
         return F.scaled_dot_product_attention(q_BKLP, k_BKSP, v_BKSP, attn_mask=seen, scale=scores.scale)
     logits_BKLS = scores.capped(scores.scale * (q_BKLP @ k_BKSP.transpose(-1, -2)).float())
     if seen is not None:
@@ -83,19 +89,6 @@ def attended_keys(
         logits_BKLS = torch.cat([logits_BKLS, sink_BKL1], dim=-1)
     weights_BKLS = logits_BKLS.softmax(-1)[..., : k_BKSP.shape[2]]
     return weights_BKLS.to(v_BKSP.dtype) @ v_BKSP
-
-
-def attended_after(
-    held: Keys | None,
-    q_BKLP: Tensor,
-    new: Keys,
-    groups: Sequence[int],
-    segment_BL: Tensor | None,
-    scores: Scores,
-) -> tuple[Tensor, Keys]:
-    """`attended_keys` over what was held and `new`, and what the next call needs of both."""
-    keys = new if held is None else held.joined(new)
-    return attended_keys(q_BKLP, keys, groups, segment_BL, scores), keys.hold(segment_BL, scores.reach)
 
 
 def _seen(length: int, keys: Keys, segment_BL: Tensor | None, reach: int | None) -> Tensor | None:

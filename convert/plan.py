@@ -166,6 +166,13 @@ def foremost_heads(importance: Sequence[Sequence[float]], layers: Sequence[int],
     return tuple(sorted(sorted(pairs, key=lambda pair: -importance[pair[0]][pair[1]])[:count]))
 
 
+def sharing_heads(heads: Sequence[Head], attention: AttentionShape) -> tuple[Head, ...]:
+    """`heads` and all others that read the same key/value heads."""
+    repeat = attention.heads // attention.kv_heads
+    groups = sorted({(layer, head // repeat) for layer, head in heads})
+    return tuple((layer, group * repeat + i) for layer, group in groups for i in range(repeat))
+
+
 def spread_heads(count: int, layers: Sequence[int], attention: AttentionShape) -> tuple[Head, ...]:
     """`count` heads spread evenly over `layers`, and in a layer over its key/value heads.
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ..errors import fail
 from .families import AttentionShape, FamilySpec
 from .families.spec import Projection, linear, norm_weight
-from .mixers import MIXERS, AttendingMixer, HeadsMixer, Mixer, MixerShape, ScanMixer, WindowedMixer, make_mixer
+from .mixers import HeadsMixer, Mixer, MixerShape, ScanMixer, has_window, keeps_attention, make_mixer
 from .mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from .mixers.mamba2 import Mamba2Mixer
+from .plan import sharing_heads
 from .start import conv_bias, conv_rows, gate_rows, identity_convolution, published_start, set_decay
 
 # a decay of 1/64 per token: a neutral memory for the plain copy, before the teacher's own distances are known
@@ -76,33 +77,21 @@ class MixerChoice:
         return replace(self, kept=kept, kind=self.kind if kept or has_window(self.kind) else Mamba2Mixer.kind)
 
 
-def has_window(kind: str) -> bool:
-    """Whether mixers of this kind keep the attention inside a window."""
-    return kind in MIXERS and issubclass(MIXERS[kind], WindowedMixer)
-
-
-def keeps_attention(kind: str) -> bool:
-    """Whether mixers of this kind are made around the layer's own attention."""
-    return kind in MIXERS and issubclass(MIXERS[kind], AttendingMixer)
-
-
 def shape_of(attention: AttentionShape, choice: MixerChoice, turned: int = 0) -> MixerShape:
     """The sizes of the mixer that stands for a layer's attention; the choice is of that layer (`at`).
 
     `turned` channels of a head are turned by RoPE; only the state behind a window needs to know.
     """
-    kept = tuple(head for _, head in choice.kept)
     if not has_window(choice.kind):
+        kept = tuple(head for _, head in choice.kept)
         faithful = faithful_shape(attention, choice.conv_kernel)
         return replace(faithful, groups=attention.kv_heads, kept=kept) if kept else faithful
-    repeat = attention.heads // attention.kv_heads
-    read = {head // repeat for head in kept}
     return MixerShape(
         hidden=attention.hidden,
         heads=attention.heads,
         groups=attention.kv_heads,
         head_dim=attention.head_dim,
-        kept=tuple(head for head in range(attention.heads) if head // repeat in read),
+        kept=tuple(head for _, head in sharing_heads(choice.kept, attention)),
         state=0 if choice.kind == "window" else choice.state,
         conv_kernel=1,
         eps=attention.eps,
@@ -111,6 +100,13 @@ def shape_of(attention: AttentionShape, choice: MixerChoice, turned: int = 0) ->
         sinks=choice.sinks,
         turned=0 if choice.kind == "window" else turned,
     )
+
+
+def require_attention_function(spec: FamilySpec, config: Any, kind: str) -> None:
+    """Raises ValueError where a mixer of this kind cannot ask the family's attention by name."""
+    if keeps_attention(kind) and not spec.attention_function:
+        raise fail("student.mixer", "kept attention needs a family with registered attention functions",
+                   f"{kind} for {config.model_type}", "Use mamba2.")  # fmt: skip
 
 
 def start_mixer(teacher: Any, spec: FamilySpec, layer: int, choice: MixerChoice) -> Mixer:
@@ -122,9 +118,7 @@ def start_mixer(teacher: Any, spec: FamilySpec, layer: int, choice: MixerChoice)
     choice = choice.at(layer)
     if not keeps_attention(choice.kind):
         return copy_attention(teacher, spec, layer, choice.kind, choice.conv_kernel, choice.init)
-    if not spec.attention_function:
-        raise fail("student.mixer", "kept attention needs a family with registered attention functions",
-                   f"{choice.kind} for {teacher.config.model_type}", "Use mamba2.")  # fmt: skip
+    require_attention_function(spec, teacher.config, choice.kind)
     whole = None
     if choice.kept and not has_window(choice.kind):
         # before the mixer is made, so that the same seed draws the same gates as for mamba2

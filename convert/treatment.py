@@ -7,12 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 from .counts import experts
 from .families import FamilySpec
-from .mixers import HeadsMixer, WindowedMixer, WindowMixer
+from .mixers import HeadsMixer, WindowedMixer, has_window
 
 # factors outside attention, by the names that configs have for them
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier")
-# of mixers that keep the attention inside a window
-WINDOWED = (WindowedMixer.kind, WindowMixer.kind)
 INSIDE, BEHIND = "attention inside the window", "attention behind the window"
 KEPT_HEADS = "kept heads"
 
@@ -43,7 +41,7 @@ def treatments(
         note = "mixers start at random; the alignment stages teach them all of it"
         return [Treatment("attention", "dropped", note), *_untouched(spec, config)]
     kept = [_KEPT] if (heads or mixer == HeadsMixer.kind) and layers else []
-    if mixer in WINDOWED and layers:
+    if has_window(mixer) and layers:
         return [*kept, *_windowed(mixer), *_untouched(spec, config)]
     converted = [*kept, *_projections(spec, config, mixer), *_scores(spec, config, layers)] if layers else []
     return [*converted, *_untouched(spec, config)]

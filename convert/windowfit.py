@@ -50,14 +50,14 @@ def fit_state(
     calls = [attended(mixer, u, kwargs) for u in inputs]
     tables = tables_in(kwargs)
     _place(mixer, torch.cat([_left(mixer, k, tables) for _, k, *_ in calls], dim=1), calls[0][3].scale, tables)
-    heads, groups, device = mixer.part.heads, mixer.part.groups, mixer.state.gate.device
+    heads, groups, device = mixer.window_shape.heads, mixer.window_shape.groups, mixer.state.gate.device
     gates_V = torch.tensor(GATES, device=device)
     error_RVH = torch.zeros(len(DISTANCES), len(GATES), heads, dtype=torch.float64, device=device)
     mixer.state.gate.fill_(1)
     for (q, k, v, scores), taught in zip(calls, heads_BLE, strict=True):
         window = Window(empty(k, mixer.shape.window - mixer.shape.sinks, mixer.shape.sinks), k, v, None, None)
         near = window.near(q, scores)
-        target = taught.unflatten(-1, (mixer.shape.heads, -1)).transpose(1, 2)[:, mixer.heads]
+        target = taught.unflatten(-1, (mixer.shape.heads, -1)).transpose(1, 2)[:, mixer.window_heads]
         for error_VH, distance in zip(error_RVH, DISTANCES, strict=True):
             mixer.state.A_log.fill_(-math.log(distance))
             shrink, far, _ = mixer.far(q, window, near.top_BHL, scores, None, tables)
@@ -95,7 +95,7 @@ def _left(mixer: WindowedMixer, k_BGLP: Tensor, tables: Tables | None) -> Tensor
 
 
 def _place(mixer: WindowedMixer, k_GTP: Tensor, scale: float, tables: Tables | None) -> None:
-    state, repeat = mixer.state, mixer.part.heads // mixer.part.groups
+    state, repeat = mixer.state, mixer.window_shape.heads // mixer.window_shape.groups
     assert state is not None
     centres_GNP, spread_G = prototypes(k_GTP, mixer.shape.state)
     sharp_G11 = (SHARP / spread_G.clamp_min(1e-12))[:, None, None]

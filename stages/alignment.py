@@ -15,7 +15,7 @@ from ssmorph.convert.capture import MixerCall, captured
 from ssmorph.convert.families import FamilySpec
 from ssmorph.convert.mixers import Mixer
 
-from .silence import stateless
+from .silence import has_state, stateless
 
 Loader = Callable[[], Any]
 
@@ -46,7 +46,8 @@ def alignment(
     Returns:
         `stages`: per stage `mixer`, the relative squared error of each converted layer's output on the teacher's
         inputs, as calibration states it (attention removed: 1); and `stream`, |student - teacher| / |teacher| behind
-        every layer on the student's own inputs. `state_share`: how much of each mixer's output goes with its state.
+        every layer on the student's own inputs. `state_share`: how much of each mixer's output goes with its state,
+        None for a mixer without one.
     """
     layers = sorted(calls)
     taught = _stream(teacher, spec, tokens_BL)
@@ -58,7 +59,7 @@ def alignment(
         stream = [_relative(a, b) for a, b in zip(own, taught, strict=True)]
         rows.append({"stage": name, "mixer": [_error(mixers[i], calls[i]) for i in layers], "stream": stream})
     mixers = hybrid.mixers()
-    shares = [state_share(mixers[i], calls[i]) for i in layers]
+    shares = [state_share(mixers[i], calls[i]) if has_state(mixers[i]) else None for i in layers]
     return {"tokens": tokens_BL.numel(), "layers": layers, "stages": rows, "state_share": shares}
 
 

@@ -22,7 +22,8 @@ def model_card(config: RunConfig, report: dict[str, Any] | None, data: PackedDat
     lines = [
         "---", "library_name: transformers", "tags: [ssmorph, mamba2, hybrid]", "---",
         f"# {config.teacher.source} as a Mamba-2 hybrid", "",
-        f"Converted by ssmorph: layers {plan['layers']} are `{plan['mixer']}`, the others keep their attention.",
+        f"Converted by ssmorph: layers {plan['layers']} are `{plan['mixer']}`, the others keep their attention."
+        + (f" {len(plan['heads'])} heads of converted layers stay attention." if plan.get("heads") else ""),
         f"Trained on {trained} tokens in windows of {config.data.window}, seed {config.seed}.", "",
         "```python", "import ssmorph.hf", "from transformers import AutoModelForCausalLM, AutoTokenizer",
         'model = AutoModelForCausalLM.from_pretrained("this folder")', "```", "",

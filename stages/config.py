@@ -13,10 +13,9 @@ from typing import Literal
 from ssmorph.convert.plan import strategy_of
 
 from ..errors import require
-from .student_config import HEADS, PlacementConfig, StudentConfig
+from .student_config import HEADS, WINDOWED, PlacementConfig, StudentConfig
 
 RUN_FORMAT = 1
-WINDOWED = ("windowed_mamba2", "window")
 # as a stage's teacher: the model that is converted
 SELF = "self"
 # windows in a batch of the calibration stage

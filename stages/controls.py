@@ -1,6 +1,7 @@
 """What a hybrid has to beat, at the same layers and without training: the copy, no attention at all, and a window.
 
-The window is the honest rival: attention over the last tokens and a few sinks, in exactly the bytes the state takes.
+The window is the honest rival: attention over the last tokens and a few sinks, in exactly the bytes that the converted
+layers take together: their states, windows, and what kept heads hold after so many tokens.
 """
 
 from __future__ import annotations

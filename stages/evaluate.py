@@ -57,13 +57,15 @@ def evaluate(
     started = time.monotonic()
     layers = sorted(hybrid.mixers())
     window_tokens = equal_window(teacher, spec, hybrid.mixers(), suite.lengths[0]) if layers else 0
+    # with kept heads bytes are equal at one length only
+    grows = any(mixer.shape.kept for mixer in hybrid.mixers().values()) or None
     rivals = _controls(teacher, hybrid, spec, window_tokens, seed) if controls and layers else []
     beside = [Candidate(name, load()) for name, load in further]
     candidates = [Candidate("hybrid", hybrid), *rivals, *beside]
     report: dict[str, Any] = {
         "converted": layers,
         "layers": len(spec.decoder_layers(teacher)),
-        "window_control": {"tokens": window_tokens, "sinks": SINKS},
+        "window_control": {"tokens": window_tokens, "sinks": SINKS, "context": grows and suite.lengths[0]},
         "not_finite": not_finite(hybrid),
         "text": [],
     }

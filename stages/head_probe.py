@@ -34,6 +34,8 @@ from .silence import replaced
 PAIRS = 16
 # backward passes on the way from windows to the teacher
 STEPS = 4
+# tokens of probes in one of them
+AT_ONCE = 2048
 # stands between a pair and the next, to keep them apart
 SEPARATOR = "\n"
 
@@ -47,7 +49,7 @@ def head_importance(
     to first order the change of the loss where the head is taken away, as a mean over probes. One backward pass.
 
     Args:
-        probes: sequences of about 6 * `pairs` tokens, all in one batch.
+        probes: sequences of about 6 * `pairs` tokens.
 
     Raises:
         ValueError: a tokenizer with too few ordinary tokens for the pairs.
@@ -91,15 +93,18 @@ def _slopes(
 ) -> list[Tensor]:
     """The slope of each probe's loss with each gate, all of them at `opening`: [B, H] for every layer."""
     tokens_BL, asked_T = probe
-    tokens_BL, heads = tokens_BL.to(teacher.device), spec.shape(teacher.config).heads
-    gates = [
-        torch.full((len(tokens_BL), heads), opening, device=teacher.device, requires_grad=True)
-        for _ in spec.decoder_layers(teacher)
-    ]
-    with torch.enable_grad(), gated(gates):
-        loss_B = value_loss(teacher, tokens_BL, asked_T)
-        # a gate belongs to one probe, so the gradient of the sum is each probe's own
-        return list(torch.autograd.grad(loss_B.sum(), gates))
+    heads, rows = spec.shape(teacher.config).heads, max(1, AT_ONCE // tokens_BL.shape[1])
+    found: list[tuple[Tensor, ...]] = []
+    for part_BL in tokens_BL.to(teacher.device).split(rows):
+        gates = [
+            torch.full((len(part_BL), heads), opening, device=teacher.device, requires_grad=True)
+            for _ in spec.decoder_layers(teacher)
+        ]
+        with torch.enable_grad(), gated(gates):
+            loss_B = value_loss(teacher, part_BL, asked_T)
+            # a gate belongs to one probe, so the gradient of the sum is each probe's own
+            found.append(torch.autograd.grad(loss_B.sum(), gates))
+    return [torch.cat(slopes) for slopes in zip(*found, strict=True)]
 
 
 @contextlib.contextmanager

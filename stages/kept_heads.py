@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from ssmorph.convert.families import AttentionShape
-from ssmorph.convert.plan import Head, foremost_heads, listed_heads, retrieval_count, spread_heads
-from ssmorph.convert.surgery import has_window
+from ssmorph.convert.mixers import has_window
+from ssmorph.convert.plan import Head, foremost_heads, listed_heads, retrieval_count, sharing_heads, spread_heads
+from ssmorph.convert.surgery import require_attention_function
 
 from .config import RunConfig
 from .context import Context
@@ -28,7 +29,7 @@ def kept_heads(ctx: Context, layers: tuple[int, ...]) -> tuple[Head, ...]:
     config, attention = ctx.config, ctx.spec.shape(ctx.teacher.config)
     before = heads_before_probe(config, layers, attention)
     count = retrieval_count(config.student.heads)
-    return before if count is None else foremost_heads(_importance(ctx), layers, count)
+    return before if count is None else _whole(foremost_heads(_importance(ctx), layers, count), config, attention)
 
 
 def heads_before_probe(config: RunConfig, layers: tuple[int, ...], attention: AttentionShape) -> tuple[Head, ...]:
@@ -39,15 +40,21 @@ def heads_before_probe(config: RunConfig, layers: tuple[int, ...], attention: At
     """
     heads = config.student.heads
     if isinstance(heads, tuple):
-        return listed_heads(heads, layers, attention.heads)
+        return _whole(listed_heads(heads, layers, attention.heads), config, attention)
     count = retrieval_count(heads)
     assert count is not None, "the recipe was checked"
-    return spread_heads(count, layers, attention)
+    return _whole(spread_heads(count, layers, attention), config, attention)
+
+
+def _whole(heads: tuple[Head, ...], config: RunConfig, attention: AttentionShape) -> tuple[Head, ...]:
+    """Around a window, with the other heads that read the same keys and values."""
+    return sharing_heads(heads, attention) if has_window(config.student.mixer) else heads
 
 
 def heads_importance(ctx: Context) -> Tensor:
     """How much each head matters to fetching a value by its key, [layers, heads]: behind a window if there is one."""
     student, seed, probes = ctx.config.student, ctx.config.seed, ctx.config.placement.probes
+    require_attention_function(ctx.spec, ctx.teacher.config, student.mixer)
     if has_window(student.mixer):
         size = student.window, student.sinks
         return far_importance(ctx.teacher, ctx.spec, ctx.tokenizer, *size, seed=seed, probes=probes)

@@ -45,5 +45,6 @@ def plain_config(config: RunConfig, stages: tuple[Stage, ...]) -> RunConfig:
     """The part of a recipe that such a student depends on."""
     return dataclasses.replace(
         config, run_dir="nested", stages=stages, student=dataclasses.replace(config.student, layers="all"),
-        placement=PlacementConfig(), evaluate=EvaluateConfig(), threads=None, tracker="none",
+        placement=PlacementConfig(probes=config.placement.probes), evaluate=EvaluateConfig(), threads=None,
+        tracker="none",
     )  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ssmorph.convert.families import AttentionShape, FamilySpec
+from ssmorph.convert.mixers import has_window
 from ssmorph.convert.plan import (
     Strategy,
     attention_bytes,
@@ -132,6 +133,9 @@ class Scoring:
         """All that the scores depend on."""
         config = plain_config(self.ctx.config, (SurgeryStage(),))
         placement = as_dict(dataclasses.replace(self.ctx.config.placement, cache_mib=None, context=1))
+        if self.name == "retrieval" and has_window(config.student.mixer):
+            # asked otherwise before: scores of then are of no use
+            placement |= {"behind": "window"}
         return {"config": as_dict(config), "placement": placement, "kept": self.kept if self.name == "gates" else None}
 
     def _save(self, **changes: Any) -> None:

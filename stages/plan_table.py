@@ -32,7 +32,9 @@ def print_plan(plan: dict[str, Any]) -> None:
         f" {plan['parameters']:,} ({plan['parameters_added']:+,})."
     )
     if plan["heads"]:
-        console.print(f"Which heads stay is decided in the run, by a probe ({plan['heads']}); the table has as many.")
+        console.print(
+            f"Which heads stay is decided in the run, by a probe ({plan['heads']}); the table has as many or more."
+        )
     if plan["placement"]:
         console.print(f"Which ones is decided in the run, by scores ({plan['placement']}); the table has as many.")
     console.print(

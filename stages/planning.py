@@ -15,7 +15,7 @@ from ssmorph.convert.counts import TeacherCounts, head_parameters, mixer_paramet
 from ssmorph.convert.families import attention_shape, family_of
 from ssmorph.convert.mixers import MixerShape
 from ssmorph.convert.plan import cache_bytes, kept_bytes_per_token, kv_bytes_per_token, retrieval_count, strategy_of
-from ssmorph.convert.surgery import MixerChoice, shape_of
+from ssmorph.convert.surgery import MixerChoice, require_attention_function, shape_of
 from ssmorph.convert.teachers import load_config
 from ssmorph.convert.treatment import treatments
 
@@ -41,6 +41,7 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
     spec, attention = family_of(teacher), attention_shape(teacher)
     layers, strategy = converted_before_scores(config, spec, teacher), strategy_of(config.student.layers)
     student = config.student
+    require_attention_function(spec, teacher, student.mixer)
     heads = heads_before_probe(config, layers, attention)
     choice = MixerChoice(kind=student.mixer, conv_kernel=student.conv_kernel, window=student.window,
                          sinks=student.sinks, state=student.state, kept=heads)  # fmt: skip

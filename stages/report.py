@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .verdict import verdict
+from .verdict import same_bytes, verdict
 
 NAMES = {
     "teacher": "teacher",
@@ -107,7 +107,7 @@ def against_window(report: dict[str, Any]) -> list[str]:
         word = "better than" if ratio < 1 else "worse than"
         lines.append(
             f"On {text['set']} ({text['window']}) the hybrid's perplexity is {abs(ratio - 1):.1%} {word} an untrained"
-            f" attention window of {report['window_control']['tokens']} tokens in the same bytes."
+            f" attention window of {report['window_control']['tokens']} tokens{same_bytes(report)}."
         )
     for row in report["retrieval"]:
         if "window" in row["models"]:

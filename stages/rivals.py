@@ -1,7 +1,7 @@
 """The window controls, trained: the same layers, stages and tokens as the hybrid, without a state.
 
-E is a window as large as all that the hybrid's mixer holds; W, for a mixer with a window, is that window alone. What a
-state is worth is the difference to E.
+E is a window as large as all that the hybrid's converted layers hold; W, for a mixer with a window, is that window
+alone. What states and kept heads are worth is the difference to E.
 """
 
 from __future__ import annotations

@@ -42,6 +42,13 @@ def silenced(hybrid: Any) -> Iterator[None]:
         yield
 
 
+def has_state(mixer: Mixer) -> bool:
+    """Whether there is a recurrent state at all: a window may have none, and every head may be kept."""
+    if isinstance(mixer, WindowedMixer):
+        return mixer.state is not None
+    return not isinstance(mixer, HeadsMixer) or mixer.scan is not None
+
+
 @contextlib.contextmanager
 def stateless(mixer: Mixer) -> Iterator[None]:
     """While open, a state holds the present token alone, and one behind a window says nothing; the rest works on."""

@@ -11,7 +11,8 @@ from ssmorph.convert.plan import SCORED, UNSCORED, retrieval_count, strategy_of
 from ..errors import require
 
 HEADS = "mamba2_heads"
-KEEPING = (HEADS, "windowed_mamba2", "window")
+# have a window of the attention; these and HEADS may keep heads
+WINDOWED = ("windowed_mamba2", "window")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,9 @@ class StudentConfig:
         got = repr(self.heads) if isinstance(self.heads, str) else list(self.heads)
         require(ok, "student.heads", "must be a list of distinct 'LAYER.HEAD', or 'retrieval-N'", got,
                  "Use 'retrieval-20'.")  # fmt: skip
-        require(not self.heads or self.mixer in KEEPING, "student.heads", f"needs a mixer of {', '.join(KEEPING)}",
-                 self.mixer, f"Use {HEADS}, or leave heads out.")  # fmt: skip
+        require(not self.heads or self.mixer in (HEADS, *WINDOWED), "student.heads",
+                 f"needs a mixer of {', '.join((HEADS, *WINDOWED))}", self.mixer,
+                 "Use one of them, or leave heads out.")  # fmt: skip
         require(bool(self.heads) or self.mixer != HEADS, "student.heads", f"{HEADS} needs heads to keep", got,
                  "Use 'retrieval-20', or mixer: mamba2.")  # fmt: skip
 

@@ -49,7 +49,7 @@ def suite_named(name: str, tokens: int, window: int) -> Suite:
     return Suite(
         tokens=4 * tokens,
         domain_tokens=tokens,
-        lengths=(window, 2048),
+        lengths=tuple(dict.fromkeys((window, 2048))),
         retrieval_distances=(64, 256, 512, 1024),
         retrieval_probes=32,
         decode_contexts=(512, 4096, 16384),

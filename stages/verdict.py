@@ -86,6 +86,10 @@ def _states(report: Report) -> Iterator[str]:
     work = report.get("work")
     if not work or "silenced" not in work["models"]:
         return
+    aligned = report.get("alignment")
+    if aligned and all(share is None for share in aligned["state_share"]):
+        # a window has no state that could be idle
+        return
     rows = work["models"]
     cost = rows["silenced"]["kl"] - rows["hybrid"]["kl"]
     if cost < IDLE_KL:
@@ -102,7 +106,7 @@ def _dead(report: Report) -> Iterator[str]:
     if aligned:
         pairs = zip(aligned["layers"], aligned["state_share"], strict=True)
         # written so that NaN counts as dead
-        dead = [layer for layer, share in pairs if not share >= DEAD_SHARE]
+        dead = [layer for layer, share in pairs if share is not None and not share >= DEAD_SHARE]
         if dead:
             names = ", ".join(map(str, dead))
             yield f"The state of layer {names} is dead: less than {DEAD_SHARE:.0%} of the mixer's output depends on it."
@@ -173,9 +177,15 @@ def _window(report: Report, name: str = "window", how: str = "an untrained windo
         # written so that NaN loses
         if not own <= rival:
             yield (
-                f"On {what} {how} of {tokens} tokens in the same bytes is closer to the teacher"
+                f"On {what} {how} of {tokens} tokens{same_bytes(report)} is closer to the teacher"
                 f" (KL {rival:.3f}) than the hybrid ({own:.3f})."
             )
+
+
+def same_bytes(report: Report) -> str:
+    """What the window control and the hybrid have in common, to follow a number of tokens."""
+    context = (report.get("window_control") or {}).get("context")
+    return " in the same bytes" if context is None else f" in the bytes that the hybrid holds after {context}"
 
 
 def _trained_window(report: Report) -> Iterator[str]:

@@ -68,7 +68,7 @@ def assert_states_matter(student: Any) -> None:
     tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(2))
     cache = student(tokens[:, :20], use_cache=True).past_key_values
     expected = student(tokens[:, 20:], past_key_values=copy.deepcopy(cache)).logits
-    for part in ("recurrent_states", "conv_states", "held", "whole"):
+    for part in ("recurrent_states", "conv_states", "held", "kept"):
         damaged, zeroed = copy.deepcopy(cache), 0
         for i in student.mixers():
             kept = getattr(damaged.layers[i], part, None) or {}

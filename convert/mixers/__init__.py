@@ -18,7 +18,7 @@ from .windowed import State, WindowedMixer, WindowMixer
 MIXERS: dict[str, Any] = {m.kind: m for m in (Mamba2Mixer, DiscreteMamba2Mixer, WindowedMixer, WindowMixer, HeadsMixer)}
 
 __all__ = ["MIXERS", "AttendingMixer", "HeadsMixer", "Mixer", "MixerShape", "RestMixer", "ScanInputs", "ScanMixer",
-           "State", "WindowedMixer", "make_mixer", "scan_of"]  # fmt: skip
+           "State", "WindowedMixer", "has_window", "keeps_attention", "make_mixer", "scan_of"]  # fmt: skip
 
 
 def scan_of(mixer: Mixer) -> tuple[ScanMixer, tuple[int, ...]] | None:
@@ -26,6 +26,16 @@ def scan_of(mixer: Mixer) -> tuple[ScanMixer, tuple[int, ...]] | None:
     if isinstance(mixer, HeadsMixer):
         return None if mixer.scan is None else (mixer.scan, mixer.rest)
     return (mixer, tuple(range(mixer.shape.heads))) if isinstance(mixer, ScanMixer) else None
+
+
+def has_window(kind: str) -> bool:
+    """Whether mixers of this kind keep the attention inside a window."""
+    return kind in MIXERS and issubclass(MIXERS[kind], WindowedMixer)
+
+
+def keeps_attention(kind: str) -> bool:
+    """Whether mixers of this kind are made around the layer's own attention."""
+    return kind in MIXERS and issubclass(MIXERS[kind], AttendingMixer)
 
 
 def make_mixer(

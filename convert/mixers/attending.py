@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..cache import MixerCacheLayer, cache_layer, padding_mask, segments
-from ..keys import Keys
+from ..keys import Keys, attended_keys, pick
 from ..rope import Tables, tables_in
 from ..window import Scores
 from .base import Mixer, MixerShape
@@ -71,6 +71,23 @@ class AttendingMixer(Mixer):
         held = tokens if reach is None else min(tokens, reach - 1)
         k_BGSP = self.output().weight.new_zeros(1, len(self.shape.kept_groups()), held, self.shape.head_dim)
         return Keys(k_BGSP, k_BGSP.clone())
+
+    def attended_kept(
+        self, q_BKLP: Tensor, new: Keys, held: Keys | None, segment_BL: Tensor | None, scores: Scores
+    ) -> tuple[Tensor, Keys]:
+        """What kept heads attend to, [B, K, L, P], and the keys and values that the next call needs.
+
+        Args:
+            q_BKLP: queries of the kept heads alone.
+            new: keys and values that they read, likewise.
+        """
+        kept, groups = self.shape.kept, self.shape.kept_groups()
+        if scores.logit_H is not None:
+            scores = scores._replace(logit_H=pick(scores.logit_H, kept, 0))
+        keys = new if held is None else held.joined(new)
+        places = [groups.index(self.shape.group_of(h)) for h in kept]
+        own_BKLP = attended_keys(q_BKLP, keys, places, segment_BL, scores)
+        return own_BKLP, keys.hold(segment_BL, scores.reach)
 
     def forward(
         self,

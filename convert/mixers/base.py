@@ -35,7 +35,7 @@ class MixerShape:
     sinks: int = 0
     # first channels of a head that RoPE turns, which the state behind a window sees turned back; 0 for as they are
     turned: int = 0
-    # query heads that stay attention, in order (with a window: all of a key/value head); `groups` are key/value heads
+    # query heads that stay attention, in order; with a window all of a key/value head. `groups` are then its heads
     kept: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

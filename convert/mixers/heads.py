@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import HeadsCacheLayer
-from ..keys import Keys, attended_after, pick
+from ..keys import Keys, pick
 from ..window import Scores
 from .attending import Attend, AttendingMixer, AttentionCall
 from .base import MixerShape
@@ -91,15 +91,10 @@ class HeadsMixer(AttendingMixer):
     def _kept(self, q_BHLP: Tensor, new: Keys, segment_BL: Tensor | None, scores: Scores, cache: Any) -> Tensor:
         """What the kept heads attend to, [B, K, L, P]; the cache keeps what they read."""
         shape, groups = self.shape, self.shape.kept_groups()
-        q_BKLP = q_BHLP
         if not self.trimmed:
-            q_BKLP = pick(q_BHLP, shape.kept, 1)
+            q_BHLP = pick(q_BHLP, shape.kept, 1)
             new = Keys(pick(new.k_BGSP, groups, 1), pick(new.v_BGSP, groups, 1), new.valid_BS)
-        if scores.logit_H is not None:
-            scores = scores._replace(logit_H=pick(scores.logit_H, shape.kept, 0))
-        places = [groups.index(shape.group_of(h)) for h in shape.kept]
-        held = None if cache is None else cache.held
-        own_BKLP, keys = attended_after(held, q_BKLP, new, places, segment_BL, scores)
+        own_BKLP, keys = self.attended_kept(q_BHLP, new, None if cache is None else cache.held, segment_BL, scores)
         if cache is not None:
-            cache.keep(keys, q_BKLP.shape[2])
+            cache.keep(keys, q_BHLP.shape[2])
         return own_BKLP

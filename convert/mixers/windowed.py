@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ssmorph.kernels.ssd import ssd
 
 from ..cache import WindowCacheLayer
-from ..keys import Keys, attended_after, pick
+from ..keys import Keys, pick
 from ..rope import Tables, turned_back
 from ..window import Scores, Window, empty
 from .attending import Attend, AttendingMixer, AttentionCall
@@ -57,38 +57,38 @@ class WindowedMixer(AttendingMixer):
 
     def __init__(self, shape: MixerShape, layer_idx: int, attention: nn.Module, out: str) -> None:
         super().__init__(shape, layer_idx, attention, out)
-        # the heads that have a window, with their key/value heads
-        self.part = shape.beside()
-        self.heads = [h for h in range(shape.heads) if h not in shape.kept]
-        self.groups = [g for g in range(shape.groups) if g not in shape.kept_groups()]
-        assert len(self.heads) == self.part.heads, "a key/value head is kept with all of its query heads"
-        self.state = State(self.part) if shape.state and self.groups else None
+        # of the heads that have a window: their sizes, and which they are
+        self.window_shape = shape.beside()
+        self.window_heads = [h for h in range(shape.heads) if h not in shape.kept]
+        self.window_groups = [g for g in range(shape.groups) if g not in shape.kept_groups()]
+        assert len(self.window_heads) == self.window_shape.heads, "a key/value head is kept with all of its query heads"
+        self.state = State(self.window_shape) if shape.state and self.window_groups else None
 
     def synthetic_cache(self, tokens: int) -> WindowCacheLayer:
         """A cache as large as it is after `tokens` tokens of one row, for measurements of speed and bytes."""
-        part, weight, layer = self.part, self.output().weight, WindowCacheLayer()
-        held = state = whole = None
-        if self.groups:
-            held = empty(weight.new_zeros(1, part.groups, 0, part.head_dim), part.window - part.sinks, part.sinks)
+        shape, weight, layer = self.window_shape, self.output().weight, WindowCacheLayer()
+        held = state = kept = None
+        if self.window_groups:
+            held = empty(weight.new_zeros(1, shape.groups, 0, shape.head_dim), shape.window - shape.sinks, shape.sinks)
         if self.state is not None:
-            state = weight.new_zeros(1, part.groups, part.head_dim + 1, part.state, dtype=torch.float32)
+            state = weight.new_zeros(1, shape.groups, shape.head_dim + 1, shape.state, dtype=torch.float32)
         if self.shape.kept:
-            whole = self.synthetic_keys(tokens)
-        layer.keep(held, state, whole, tokens)
+            kept = self.synthetic_keys(tokens)
+        layer.keep(held, state, kept, tokens)
         return layer
 
     def answer(self, call: AttentionCall) -> Attend:
         """Window and state in the place of the softmax, which kept heads have as it was."""
-        _, valid_BL, segment_BL, cache, tables = call
+        hidden_BLD, valid_BL, segment_BL, cache, tables = call
         if segment_BL is not None:
-            segment_BL = segment_BL.expand(call.hidden_BLD.shape[0], -1)
+            segment_BL = segment_BL.expand(hidden_BLD.shape[0], -1)
 
         def attend(q_BHLP: Tensor, k_BGLP: Tensor, v_BGLP: Tensor, scores: Scores) -> Tensor:
             parts: list[Tensor] = []
-            held = state = whole = None
+            held = state = kept = None
             if cache is not None and cache.seen:
-                held, state, whole = cache.held, cache.recurrent_states[0], cache.whole
-            if self.heads:
+                held, state, kept = cache.held, cache.recurrent_states[0], cache.kept
+            if self.window_heads:
                 q, k, v, own_scores = self.with_window(q_BHLP, k_BGLP, v_BGLP, scores)
                 held = held or empty(k, self.shape.window - self.shape.sinks, self.shape.sinks)
                 window = Window(held, k, v, valid_BL, segment_BL)
@@ -96,11 +96,12 @@ class WindowedMixer(AttendingMixer):
                 parts.append(near_BHLP.to(q_BHLP.dtype))
                 held = window.hold() if cache is not None else None
             if self.shape.kept:
-                new = Keys(k_BGLP, v_BGLP, valid_BL)
-                kept_BKLP, whole = self._whole(whole, q_BHLP, new, segment_BL, scores)
+                groups = self.shape.kept_groups()
+                new = Keys(pick(k_BGLP, groups, 1), pick(v_BGLP, groups, 1), valid_BL)
+                kept_BKLP, kept = self.attended_kept(pick(q_BHLP, self.shape.kept, 1), new, kept, segment_BL, scores)
                 parts.append(kept_BKLP)
             if cache is not None:
-                cache.keep(held, state, whole, q_BHLP.shape[2])
+                cache.keep(held, state, kept, q_BHLP.shape[2])
             return self._in_order(parts).transpose(1, 2)
 
         return attend
@@ -109,7 +110,7 @@ class WindowedMixer(AttendingMixer):
         """Heads with a window, then kept ones, as the attention has them."""
         if len(parts) == 1:
             return parts[0]
-        places = [*self.heads, *self.shape.kept]
+        places = [*self.window_heads, *self.shape.kept]
         return pick(torch.cat(parts, dim=1), [places.index(h) for h in range(self.shape.heads)], 1)
 
     def with_window(
@@ -119,8 +120,13 @@ class WindowedMixer(AttendingMixer):
         if not self.shape.kept:
             return q_BHLP, k_BGLP, v_BGLP, scores
         if scores.logit_H is not None:
-            scores = scores._replace(logit_H=pick(scores.logit_H, self.heads, 0))
-        return pick(q_BHLP, self.heads, 1), pick(k_BGLP, self.groups, 1), pick(v_BGLP, self.groups, 1), scores
+            scores = scores._replace(logit_H=pick(scores.logit_H, self.window_heads, 0))
+        return (
+            pick(q_BHLP, self.window_heads, 1),
+            pick(k_BGLP, self.window_groups, 1),
+            pick(v_BGLP, self.window_groups, 1),
+            scores,
+        )
 
     def _near_and_far(
         self, q_BHLP: Tensor, window: Window, scores: Scores, state: Tensor | None, tables: Tables | None
@@ -133,17 +139,6 @@ class WindowedMixer(AttendingMixer):
             values_BHLP = values_BHLP * shrink_BHL.unsqueeze(-1) + far_BHLQ[..., :-1]
             mass_BHL = mass_BHL * shrink_BHL + far_BHLQ[..., -1]
         return values_BHLP / mass_BHL.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1), final
-
-    def _whole(
-        self, held: Keys | None, q_BHLP: Tensor, new: Keys, segment_BL: Tensor | None, scores: Scores
-    ) -> tuple[Tensor, Keys]:
-        """What kept heads answer, [B, K, L, P], and the keys and values that the next call needs."""
-        kept, groups = self.shape.kept, self.shape.kept_groups()
-        if scores.logit_H is not None:
-            scores = scores._replace(logit_H=pick(scores.logit_H, kept, 0))
-        new = Keys(pick(new.k_BGSP, groups, 1), pick(new.v_BGSP, groups, 1), new.valid_BS)
-        places = [groups.index(self.shape.group_of(h)) for h in kept]
-        return attended_after(held, pick(q_BHLP, kept, 1), new, places, segment_BL, scores)
 
     def placeless(self, x_BHLP: Tensor, tables: Tables | None) -> Tensor:
         """Queries, or keys that leave the window with them, as the state sees them: without their position; float32."""
@@ -170,7 +165,7 @@ class WindowedMixer(AttendingMixer):
         left, own = window.leaving(), self.state
         assert own is not None
         q_BHLP, k_BGLP = self.placeless(q_BHLP, tables), self.placeless(left.k_BGLP, tables)
-        repeat = self.part.heads // self.part.groups
+        repeat = self.window_shape.heads // self.window_shape.groups
         logits_BHLN = torch.einsum("bhlp,hnp->bhln", q_BHLP, own.query_map.float())
         logits_BHLN = logits_BHLN + own.query_bias.float()[:, None]
         logits_BHLN = scores.capped(logits_BHLN)

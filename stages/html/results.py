@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..verdict import same_bytes
 from .elements import NAMES, Html, figures, join, number, paragraph, percent, table
 from .plots import line_plot
 from .run_files import RunFiles
@@ -35,7 +36,7 @@ def controls(run: RunFiles) -> Html | None:
     notes = [paragraph(lead)]
     if "window" in first:
         tokens, sinks = window["tokens"], window["sinks"]
-        notes.append(paragraph(f"E sees {tokens} tokens, {sinks} of them the first: as many bytes as the state takes."))
+        notes.append(paragraph(f"E sees {tokens} tokens, {sinks} of them the first{same_bytes(run.report)}."))
     absent = [n for n in ("copy", "removed", "window") if n not in first]
     if absent:
         notes.append(paragraph(f"Not measured: {', '.join(NAMES[n] for n in absent)}.", "missing"))
@@ -90,7 +91,7 @@ def work(run: RunFiles) -> Html | None:
     rows = [_row(NAMES.get(n, n), row, base) for n, row in models.items() if n != "teacher"]
     cost = models["silenced"]["kl"] - models["hybrid"]["kl"]
     lead = (
-        f"Silenced, every converted layer sees the present token alone: no state, no convolution cache. That costs"
+        f"Silenced, no state of a converted layer remembers anything; windows and kept heads work on. That costs"
         f" {number(cost, 3)} nats."
     )
     parts = [paragraph(lead)]

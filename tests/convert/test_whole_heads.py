@@ -14,6 +14,7 @@ from ssmorph.convert.mixers import WindowedMixer
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.plan import cache_bytes, kept_bytes_per_token
 from ssmorph.convert.surgery import MixerChoice, start_mixer
+from ssmorph.stages.controls import equal_window
 from ssmorph.stages.decode import filled_cache
 from ssmorph.stages.silence import silenced
 from tests.families.hybrids import WITH_WINDOW, close, tokens
@@ -62,7 +63,7 @@ def test_each_head_answers_in_its_own_place(row: str) -> None:
     for (name, whole), part in zip(plain.state.named_parameters(), mixer.state.parameters(), strict=True):
         whole.normal_(std=0.3)
         of_group = name.startswith(("key", "dt", "A"))
-        part.copy_(whole[mixer.groups if of_group else mixer.heads])
+        part.copy_(whole[mixer.window_groups if of_group else mixer.window_heads])
     plain.state.gate.fill_(2)
     mixer.state.gate.fill_(2)
     with captured(teacher, spec, [1], attention=False) as calls:
@@ -86,6 +87,18 @@ def test_the_cache_grows_by_what_kept_heads_read(kind: str) -> None:
         planned = cache_bytes(shape, 4) + 40 * kept_bytes_per_token(shape, 4)
         assert sum(t.numel() * t.element_size() for t in floats) == planned
     assert kept_bytes_per_token(shape, 4) == 2 * shape.head_dim * 4
+
+
+def test_a_window_of_equal_bytes_counts_kept_heads_as_far_as_they_see() -> None:
+    mixers = fresh(tiny_teacher(), ONE).mixers()
+    spec = family_of(tiny_teacher().config)
+    # of two key/value heads one has 9 tokens and 16 prototypes of 9 floats, 18 tokens in all; the other all tokens
+    assert [equal_window(tiny_teacher(), spec, mixers, n) for n in (40, 80)] == [(18 + 40) // 2, (18 + 80) // 2]
+    # these attentions see 7 tokens by themselves
+    teacher = family_teacher("mistral")
+    mixers = fresh(teacher, ONE).mixers()
+    found = [equal_window(teacher, family_of(teacher.config), mixers, n) for n in (5, 40, 80)]
+    assert found[0] < found[1] == found[2]
 
 
 def test_calibration_fits_the_other_heads() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ssmorph.convert.calibrate import CalibrationOptions, calibrate
 from ssmorph.convert.families import family_of
-from ssmorph.convert.mixers import WindowedMixer
+from ssmorph.convert.mixers import MIXERS, WindowedMixer, has_window, keeps_attention
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.plan import cache_bytes
 from ssmorph.convert.rope import turned, turned_back
@@ -21,8 +22,10 @@ from ssmorph.convert.windowfit import attended, prototypes
 from ssmorph.errors import UserError
 from ssmorph.stages.controls import windowed
 from ssmorph.stages.decode import filled_cache
+from ssmorph.stages.planning import plan_of
 from ssmorph.stages.recipe import build
 from ssmorph.stages.silence import silenced
+from ssmorph.stages.student_config import HEADS, WINDOWED
 from tests.families.hybrids import WITH_WINDOW, close, tokens
 from tests.families.tiny import ROWS, family_config, family_teacher
 from tests.models import tiny_hybrid, tiny_teacher
@@ -179,10 +182,21 @@ def test_the_cache_is_as_large_as_planned(kind: str) -> None:
         assert sum(t.numel() * t.element_size() for t in floats) == cache_bytes(shape, 4)
 
 
-def test_falcon_has_no_function_to_ask() -> None:
+def test_falcon_has_no_function_to_ask(tmp_path: Path) -> None:
     teacher = family_teacher("falcon-7b")
     with pytest.raises(UserError, match=r"registered attention functions.*falcon"):
         start_mixer(teacher, family_of(teacher.config), 1, CHOICE)
+    # nor has the probe for heads, which comes before surgery
+    teacher.save_pretrained(tmp_path)
+    recipe = {"teacher": {"source": str(tmp_path)}, "run_dir": "runs/x", "stages": [{"kind": "surgery"}],
+              "student": {"mixer": "windowed_mamba2", "heads": "retrieval-1", "layers": [1]}}  # fmt: skip
+    with pytest.raises(UserError, match=r"registered attention functions.*falcon"):
+        plan_of(build(recipe))
+
+
+def test_lists_of_kinds_agree_with_the_mixers() -> None:
+    assert {kind for kind in MIXERS if has_window(kind)} == {*WINDOWED}
+    assert {kind for kind in MIXERS if keeps_attention(kind)} == {HEADS, *WINDOWED}
 
 
 @pytest.mark.parametrize(

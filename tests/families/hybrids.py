@@ -15,7 +15,7 @@ KINDS = ("mamba2", "discrete_mamba2")
 WITH_WINDOW = ("llama", "qwen3", "phi", "gemma2", "gemma3", "gpt_neox", "granite")
 # kept heads add the same, and sliding windows of the teacher's own
 WITH_HEADS = ("llama", "mistral", "phi-normed", "gemma2", "gemma3", "olmo2", "gpt_neox")
-WITH_BOTH = ("llama", "mistral", "gemma2", "gpt_neox")
+WITH_BOTH = ("llama", "mistral", "gemma2", "gemma3", "gpt_neox")
 EACH = [(row, kind) for row in ROWS for kind in KINDS]
 EACH += [(row, "windowed_mamba2") for row in WITH_WINDOW] + [(row, "mamba2_heads") for row in WITH_HEADS]
 EACH += [(row, WINDOWED_HEADS) for row in WITH_BOTH]

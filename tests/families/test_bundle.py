@@ -18,7 +18,7 @@ from ssmorph.convert import bundle
 from ssmorph.convert.modeling import SsmorphConfig, SsmorphForCausalLM
 from tests.families import load_bundle
 from tests.families.tiny import ROWS, family_teacher
-from tests.models import tiny_hybrid
+from tests.models import WINDOWED_HEADS, tiny_hybrid
 
 KINDS = ("mamba2", "discrete_mamba2")
 
@@ -34,14 +34,14 @@ def test_every_family_loads_without_the_package(tmp_path: Path) -> None:
     for i, row in enumerate(ROWS):
         kind = KINDS[i % 2]
         save(tiny_hybrid(kind, (0, 1, 2, 3) if i % 3 == 0 else (1, 3), family_teacher(row)), tmp_path / "m" / row)
-    for kind in (*KINDS, "windowed_mamba2", "mamba2_heads"):
+    for kind in (*KINDS, "windowed_mamba2", "mamba2_heads", WINDOWED_HEADS):
         save(tiny_hybrid(kind), tmp_path / "m" / f"llama-{kind}")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-I", load_bundle.__file__, str(tmp_path / "m"), str(tmp_path / "again")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == f"loaded {len(ROWS) + 4}"
+    assert done.stdout.strip() == f"loaded {len(ROWS) + 5}"
 
 
 @pytest.mark.parametrize("trust", [None, True])

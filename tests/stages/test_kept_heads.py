@@ -80,9 +80,10 @@ def test_heads_beside_a_window_are_those_that_bring_most_from_behind_it(tmp_path
     importance = far_importance(teacher, family_of(teacher.config), tokenizer, 12, 2, seed=0, probes=2)
     assert read(run, "placement/heads.json")["importance"] == importance.tolist()
     layer, head = max(((i, h) for i in (1, 3) for h in range(6)), key=lambda pair: float(importance[pair]))
-    assert read(run, "plan.json")["heads"] == [[layer, head]]
-    model = AutoModelForCausalLM.from_pretrained(run / "final")
     first = head // 3 * 3
+    assert read(run, "plan.json")["heads"] == [[layer, first], [layer, first + 1], [layer, first + 2]]
+    assert "3 heads of converted layers stay attention" in (run / "final/README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(run / "final")
     expected = {layer: (first, first + 1, first + 2), 4 - layer: ()}
     assert {i: m.shape.kept for i, m in model.mixers().items()} == expected
     # 12 tokens and 8 prototypes of 9 floats are 16.5 tokens of four key/value heads each; one has all 48 instead
@@ -128,6 +129,24 @@ def test_the_plan_counts_what_kept_heads_cache(
     assert both["never_smaller"] == [1, 3]
     print_plan(both)
     assert "retrieval-4" in capsys.readouterr().out
+
+
+def test_the_plan_knows_heads_beside_a_window(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    stages = "stages=[{kind: surgery}]"
+    windowed = ("student.mixer=windowed_mamba2", "student.window=12", "student.sinks=2", "student.state=8", stages)
+    plan = verbs.plan(str(RECIPE), *windowed, "student.heads=['3.4']")
+    one, three = plan["layers"][1], plan["layers"][3]
+    assert (one["kept_heads"], three["kept_heads"]) == ([], [3, 4, 5])
+    assert (one["cache_bytes_per_token"], three["cache_bytes_per_token"]) == (0, 2 * 8 * 4)
+    # one of two key/value heads has a window and a state
+    assert one["cache_bytes_fixed"] == 2 * three["cache_bytes_fixed"] == 2 * (2 * 12 * 8 + 9 * 8) * 4
+    assert one["parameters"] > three["parameters"]
+    assert {row["feature"]: row["treatment"] for row in plan["treatment"]}["kept heads"] == "exact"
+    print_plan(plan)
+    assert "keeps 3, 4, 5" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_budget_of_bytes_leaves_room_for_kept_heads() -> None:

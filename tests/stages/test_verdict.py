@@ -157,6 +157,12 @@ def with_hybrid(**row: float) -> dict[str, Any]:
     return report
 
 
+def idle(shares: list[float | None]) -> dict[str, Any]:
+    report = plain(alignment={"layers": [1], "state_share": shares})
+    report["work"]["models"]["silenced"] = dict(report["work"]["models"]["hybrid"])
+    return report
+
+
 def with_trained_window(kl: float) -> dict[str, Any]:
     report = plain()
     models = report["text"][0]["models"]
@@ -192,6 +198,10 @@ def with_retrieval(probes: int, taught: float, own: float) -> dict[str, Any]:
         (with_generation(teacher_nll=3.0), {"generation-bad"}),
         (with_generation(length=2.0), {"generation-bad"}),
         (plain(alignment={"layers": [1, 2], "state_share": [0.5, math.nan]}), {"dead-state"}),
+        # every head kept: no state to be dead, and none in any layer to be idle
+        (plain(alignment={"layers": [1, 2], "state_share": [0.5, None]}), set()),
+        (idle([None]), set()),
+        (idle([0.5]), {"states-idle"}),
     ],
 )
 def test_each_rule_alone(report: dict[str, Any], expected: set[str]) -> None:
