@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .conversions import Converted, converted, keep, kept, opened
 
-RECIPE = Path("configs/smollm2/135m-15of30.yaml")
+RECIPE = Path("configs/smollm2/135m-demo.yaml")
 LAYERS = ("all", "uniform-22", "uniform-15")
 BUDGET, SEED, WINDOW, RATE = 100_000, 0, 1024, 3e-4
 # a third of the budget calibrates

@@ -25,7 +25,7 @@ from ssmorph.convert.plan import SCORED, UNSCORED
 
 from .conversions import RUNS, TEACHER, keep, kept
 
-RECIPES = {"mamba2": "135m-mamba2", "windowed_mamba2": "135m-15of30"}
+RECIPES = {"mamba2": "135m-mamba2", "windowed_mamba2": "135m-demo"}
 CONVERTED = 22
 CALIBRATION, WINDOW = 8_192, 512
 RATES = {"mamba2": 4e-4, "windowed_mamba2": 3e-4}
