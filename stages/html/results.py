@@ -36,7 +36,7 @@ def controls(run: RunFiles) -> Html | None:
     notes = [paragraph(lead)]
     if "window" in first:
         tokens, sinks = window["tokens"], window["sinks"]
-        notes.append(paragraph(f"E sees {tokens} tokens, {sinks} of them the first{same_bytes(run.report)}."))
+        notes.append(paragraph(f"E sees {tokens} tokens, {sinks} of them the first,{same_bytes(run.report)}."))
     absent = [n for n in ("copy", "removed", "window") if n not in first]
     if absent:
         notes.append(paragraph(f"Not measured: {', '.join(NAMES[n] for n in absent)}.", "missing"))
