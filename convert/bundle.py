@@ -29,6 +29,7 @@ MODULES = (
     "ssmorph.kernels.norm.chunked",
     "ssmorph.convert.plain_ops",
     "ssmorph.convert.window",
+    "ssmorph.convert.window_step",
     "ssmorph.convert.rope",
     "ssmorph.convert.keys",
     "ssmorph.convert.cache",

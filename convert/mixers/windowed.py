@@ -26,6 +26,7 @@ from ..cache import WindowCacheLayer
 from ..keys import Keys, pick
 from ..rope import Tables, turned_back
 from ..window import Scores, Window, empty
+from ..window_step import Heard, Step
 from .attending import Attend, AttendingMixer, AttentionCall
 from .base import MixerShape
 
@@ -90,11 +91,16 @@ class WindowedMixer(AttendingMixer):
                 held, state, kept = cache.held, cache.recurrent_states[0], cache.kept
             if self.window_heads:
                 q, k, v, own_scores = self.with_window(q_BHLP, k_BGLP, v_BGLP, scores)
-                held = held or empty(k, self.shape.window - self.shape.sinks, self.shape.sinks)
-                window = Window(held, k, v, valid_BL, segment_BL)
-                near_BHLP, state = self._near_and_far(q, window, own_scores, state, tables)
-                parts.append(near_BHLP.to(q_BHLP.dtype))
-                held = window.hold() if cache is not None else None
+                if held is not None and Step.answers(q, own_scores):
+                    step = Step.of(held, k, v, valid_BL)
+                    answer_BHLP, state = self._one_step(q, step, own_scores, state, tables)
+                    held = step.held(self.shape.sinks)
+                else:
+                    held = held or empty(k, self.shape.window - self.shape.sinks, self.shape.sinks)
+                    window = Window(held, k, v, valid_BL, segment_BL)
+                    answer_BHLP, state = self._near_and_far(q, window, own_scores, state, tables)
+                    held = window.hold() if cache is not None else None
+                parts.append(answer_BHLP.to(q_BHLP.dtype))
             if self.shape.kept:
                 groups = self.shape.kept_groups()
                 new = Keys(pick(k_BGLP, groups, 1), pick(v_BGLP, groups, 1), valid_BL)
@@ -139,6 +145,26 @@ class WindowedMixer(AttendingMixer):
             values_BHLP = values_BHLP * shrink_BHL.unsqueeze(-1) + far_BHLQ[..., :-1]
             mass_BHL = mass_BHL * shrink_BHL + far_BHLQ[..., -1]
         return values_BHLP / mass_BHL.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1), final
+
+    def _one_step(
+        self, q_BH1P: Tensor, step: Step, scores: Scores, state_BGQN: Tensor | None, tables: Tables | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `_near_and_far` answers, for one token of the text that is held."""
+        heard, own = None, self.state
+        if own is not None:
+            assert state_BGQN is not None
+            # turned at once: the token that leaves is as far away as the present position says
+            both = self.placeless(torch.cat([q_BH1P, step.left_k_BGP.unsqueeze(2)], dim=1), tables).squeeze(2)
+            q_BHP, k_BGP = both.split([q_BH1P.shape[1], step.left_k_BGP.shape[1]], dim=1)
+            logits_BHN = scores.capped(_mapped(q_BHP, own.query_map, own.query_bias))
+            B_BGN = _mapped(k_BGP, own.key_map, own.key_bias).softmax(-1)
+            dt_BG = F.softplus((k_BGP * own.dt_map.float()).sum(-1) + own.dt_bias.float())
+            dt_BG = dt_BG * step.enters_B.unsqueeze(-1)
+            decay_BG = torch.exp(-dt_BG * own.A_log.float().exp())
+            x_BGQ = dt_BG.unsqueeze(-1) * F.pad(step.left_v_BGP.float(), (0, 1), value=1.0)
+            state_BGQN = torch.addcmul(decay_BG[..., None, None] * state_BGQN, x_BGQ.unsqueeze(-1), B_BGN.unsqueeze(-2))
+            heard = Heard(logits_BHN, state_BGQN, own.gate.float().clamp_min(0), HEADROOM)
+        return step.attended(q_BH1P.squeeze(2), scores, heard).unsqueeze(2), state_BGQN
 
     def placeless(self, x_BHLP: Tensor, tables: Tables | None) -> Tensor:
         """Queries, or keys that leave the window with them, as the state sees them: without their position; float32."""
@@ -199,6 +225,11 @@ class WindowedMixer(AttendingMixer):
             # the newest document may not have lost a token yet
             final_BGQN = final_BGQN * left.own_BL[:, -1, None, None, None]
         return torch.exp(top_BHL - over_BHL), y_BLHQ.transpose(1, 2), final_BGQN.contiguous()
+
+
+def _mapped(x_BKP: Tensor, map_KNP: Tensor, bias_KN: Tensor) -> Tensor:
+    """Each head's own linear map, [B, K, N], float32."""
+    return torch.baddbmm(bias_KN.float().unsqueeze(1), x_BKP.transpose(0, 1), map_KNP.float().mT).transpose(0, 1)
 
 
 class WindowMixer(WindowedMixer):
