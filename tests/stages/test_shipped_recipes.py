@@ -194,7 +194,7 @@ def test_memory_grows_with_the_batch_and_with_what_is_trained() -> None:
 
 def test_laptop_recipes_need_no_gpu_and_fit() -> None:
     laptop = [p for p in RECIPES if p.stem.endswith("-laptop")]
-    assert len(laptop) == 4
+    assert len(laptop) == 6
     for recipe in laptop:
         _, config, found = plan(recipe)
         assert config.device == "cpu"
