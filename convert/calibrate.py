@@ -40,12 +40,13 @@ ERROR_REMOVED = 1.0
 class CalibrationOptions:
     """Where decays come from (a head's output, or its attention distance), and whose hidden states are fitted.
 
-    `refine_steps` gradient steps follow the closed forms in every layer.
+    `refine_steps` gradient steps follow the closed forms in every layer, the first at a rate of `refine_lr`.
     """
 
     decay: Literal["output", "distance"] = "output"
     inputs: Literal["student", "teacher"] = "student"
     refine_steps: int = 0
+    refine_lr: float = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,8 @@ class _Layer:
     def _refine(self, inputs: list[Tensor], targets: list[Tensor]) -> None:
         output = self.mixer.output()
         own = _fitted(self.mixer) | dict(output.named_parameters(prefix="output"))
-        refine(own, lambda u_BLD: output(self._features(u_BLD)), inputs, targets, self.options.refine_steps)
+        steps, lr = self.options.refine_steps, self.options.refine_lr
+        refine(own, lambda u_BLD: output(self._features(u_BLD)), inputs, targets, steps, lr)
 
     def _project(self, inputs: list[Tensor], targets: list[Tensor], judge: int) -> tuple[float, float]:
         """Solves for the output projection; returns the ridge and its error on held-out windows."""

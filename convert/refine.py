@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from .optim import LOGARITHMS, RelativeAdamW
 
-# peak rate, relative to each row's size
-RATE = 1e-3
 BETAS = (0.9, 0.95)
 
 
@@ -25,16 +23,21 @@ def refine(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     steps: int,
+    lr: float,
 ) -> None:
-    """`steps` steps of `parameters` towards the least |output(u) - y|^2 / |y|^2, in place, rate falling to 0."""
+    """`steps` steps of `parameters` towards the least |output(u) - y|^2 / |y|^2, in place.
+
+    Args:
+        lr: the first step's rate, relative to each row's size; it falls to 0.
+    """
     frozen = [p for p in parameters.values() if not p.requires_grad]
     for p in frozen:
         p.requires_grad_(True)
     groups = [{"params": [p], "relative": name.rpartition(".")[2] not in LOGARITHMS} for name, p in parameters.items()]
-    optim = RelativeAdamW(groups, lr=RATE, betas=BETAS)
+    optim = RelativeAdamW(groups, lr=lr, betas=BETAS)
     for step in range(steps):
         for group in optim.param_groups:
-            group["lr"] = RATE * (1 - step / steps)
+            group["lr"] = lr * (1 - step / steps)
         u_BLD, y_BLD = (t[step % len(t)] for t in (inputs, targets))
         loss = (output(u_BLD) - y_BLD).square().sum() / y_BLD.square().sum().clamp_min(1e-30)
         for p, gradient in zip(parameters.values(), torch.autograd.grad(loss, list(parameters.values())), strict=True):

@@ -28,5 +28,5 @@ def run_calibrate(ctx: Context, index: int, stage: CalibrateStage) -> list[Layer
         )
         ctx.stop.check()
 
-    options = CalibrationOptions(decay=stage.decay, inputs=stage.inputs, refine_steps=stage.refine_steps)
-    return calibrate(ctx.teacher, ctx.student, ctx.spec, windows, options, progress)
+    chosen = {name: getattr(stage, name) for name in ("decay", "inputs", "refine_steps", "refine_lr")}
+    return calibrate(ctx.teacher, ctx.student, ctx.spec, windows, CalibrationOptions(**chosen), progress)

@@ -116,7 +116,7 @@ class SurgeryStage:
 class CalibrateStage:
     """Closed-form initialisation from `tokens` tokens: decay, gate, convolution, output projection.
 
-    `refine_steps` gradient steps per layer follow, on the same tokens; 0 for none.
+    `refine_steps` gradient steps per layer follow on the same tokens, at a rate that falls from `refine_lr`; 0 for none.
     """
 
     kind: Literal["calibrate"] = "calibrate"
@@ -124,10 +124,12 @@ class CalibrateStage:
     decay: Literal["output", "distance"] = "output"
     inputs: Literal["student", "teacher"] = "student"
     refine_steps: int = 126
+    refine_lr: float = 1e-3
 
     def __post_init__(self) -> None:
         require(self.tokens > 0, "calibrate.tokens", "must be positive", self.tokens, "Use 16384.")
         require(self.refine_steps >= 0, "calibrate.refine_steps", "must not be negative", self.refine_steps, "Use 0.")
+        require(0 < self.refine_lr < 1, "calibrate.refine_lr", "must lie between 0 and 1", self.refine_lr, "Use 1e-3.")
 
 
 @dataclass(frozen=True, kw_only=True)

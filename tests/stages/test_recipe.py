@@ -156,6 +156,11 @@ REFUSED = [
         "stages=[{kind: surgery}, {kind: calibrate, refine_steps: -1}]",
         ["stages[1].refine_steps: must not be negative; got -1"],
     ),
+    (
+        "rate of these steps",
+        "stages=[{kind: surgery}, {kind: calibrate, refine_lr: 0}]",
+        ["stages[1].refine_lr: must lie between 0 and 1; got 0"],
+    ),
     ("layer loss", "stages.logits.layer_loss=l1", ["stages[2].layer_loss: must be one of l2, frobenius"]),
     ("format", "run_format=99", ["run_format: ", "99"]),
     ("no value", "seed", ["override: ", "'seed'"]),
