@@ -192,20 +192,33 @@ def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
 
     The attention mask a decoder hands to its mixers is [B, 1, L, S], boolean or additive: a token is real where it may
     see itself. FlashAttention's [B, S] is read directly.
+
+    Raises:
+        ValueError: flex attention's block mask.
     """
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise fail(
+            "model.attn_implementation", "converted layers need a mask that is a tensor",
+            type(attention_mask).__name__, "Use sdpa or eager.",
+        )  # fmt: skip
     if attention_mask.dim() == 2:
         return attention_mask[:, -length:].bool()
     diagonal = attention_mask[:, 0, :, attention_mask.shape[-1] - length :].diagonal(dim1=-2, dim2=-1)
     return diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
 
 
-def segments(position_ids: Tensor | None) -> Tensor | None:
-    """Document of each token, [B, L], from the places where positions start over; None where none does."""
+def segments(position_ids: Tensor | None, valid_BL: Tensor | None = None) -> Tensor | None:
+    """Document of each token, [B, L], from the places where positions start over; None where none does.
+
+    Padding starts none, and what follows it does only behind another document: `generate` gives all padding position 0.
+    """
     if position_ids is None or position_ids.shape[-1] == 1:
         return None
     starts = (position_ids[:, 1:] == 0) | (position_ids[:, 1:] < position_ids[:, :-1])
+    if valid_BL is not None:
+        starts = starts & valid_BL[:, 1:] & (valid_BL.cumsum(1)[:, :-1] > 0)
     if not bool(starts.any()):
         return None
     return torch.nn.functional.pad(starts.to(torch.int32).cumsum(-1), (1, 0))

@@ -134,8 +134,9 @@ class SsmorphForCausalLM(PreTrainedModel, GenerationMixin):
     # the teacher's answer may be yes; static caches and masks that are trees are not for mixers
     _can_compile_fullgraph = False
 
-    def __new__(cls, config: SsmorphConfig, *args: Any, **kwargs: Any) -> SsmorphForCausalLM:
-        return super().__new__(hybrid_class(config) if cls is SsmorphForCausalLM else cls)
+    def __new__(cls, config: SsmorphConfig | None = None, *args: Any, **kwargs: Any) -> SsmorphForCausalLM:
+        # copy.deepcopy makes an instance of the hybrid's own class without a config
+        return super().__new__(hybrid_class(config) if cls is SsmorphForCausalLM and config is not None else cls)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:

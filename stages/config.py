@@ -116,7 +116,7 @@ class SurgeryStage:
 class CalibrateStage:
     """Closed-form initialisation from `tokens` tokens: decay, gate, convolution, output projection.
 
-    `refine_steps` gradient steps per layer follow on the same tokens, at a rate that falls from `refine_lr`; 0 for none.
+    `refine_steps` gradient steps per layer follow on the same tokens, their rate falling from `refine_lr`.
     """
 
     kind: Literal["calibrate"] = "calibrate"
@@ -280,6 +280,7 @@ class RunConfig:
         require(not (frobenius and self.student.mixer in ("mamba2", HEADS)), "stages.mixing.loss",
                  "frobenius needs a mixer without a norm", self.student.mixer, "Use cosine.")  # fmt: skip
         self._check_placement()
+        require(self.seed >= 0, "seed", "must not be negative", self.seed, "Use 0.")
         require(self.threads is None or self.threads > 0, "threads", "must be positive", self.threads, "Leave it out.")
         require(self.run_format == RUN_FORMAT, "run_format", f"this version writes and reads format {RUN_FORMAT}",
                  self.run_format, "Convert with the version that made the run.")  # fmt: skip

@@ -19,12 +19,17 @@ def decode_speed(model: Any, context: int, steps: int = 8) -> dict[str, float]:
     """Tokens per second of one-token steps after `context` tokens, batch 1, and the cache's bytes."""
     cache = filled_cache(model, context)
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    model(token, past_key_values=cache, use_cache=True)
-    times = []
-    for _ in range(steps):
+
+    def step() -> float:
         start = time.perf_counter()
         model(token, past_key_values=cache, use_cache=True)
-        times.append(time.perf_counter() - start)
+        if model.device.type == "cuda":
+            # kernels are only asked for when the call returns
+            torch.cuda.synchronize(model.device)
+        return time.perf_counter() - start
+
+    step()
+    times = [step() for _ in range(steps)]
     # the fastest step: a busy machine only ever adds time
     return {"context": context, "tokens_per_second": 1 / min(times), "cache_bytes": float(measure_bytes(cache))}
 

@@ -77,7 +77,7 @@ def evaluate(
             report["text"].append({"set": name, "window": length, **_scored(teacher, some, sources)})
     report |= _inside(teacher, hybrid, spec, data, suite, earlier, say) if layers else {}
     report["retrieval"] = _retrieval(
-        teacher, [c for c in candidates if c.name in RETRIEVING], data, tokenizer, suite, seed
+        teacher, [c for c in candidates if c.name in RETRIEVING], data, tokenizer, suite, seed, say
     )
     report["tasks"] = _tasks(
         [Candidate("teacher", teacher), *(c for c in candidates if c.name in RETRIEVING)],
@@ -168,13 +168,19 @@ def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, tokens: int, seed: in
 
 
 def _retrieval(
-    teacher: Any, candidates: list[Candidate], data: PackedData, tokenizer: Any, suite: Suite, seed: int
+    teacher: Any,
+    candidates: list[Candidate],
+    data: PackedData,
+    tokenizer: Any,
+    suite: Suite,
+    seed: int,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     filler = filler_of(data)
     if not len(filler) or not suite.retrieval_probes:
         return []
     rows = []
-    for distance in suite.retrieval_distances:
+    for distance in _reached("retrieval", suite.retrieval_distances, len(filler), say):
         probes = make_probes(tokenizer, filler, distance, suite.retrieval_probes, seed)
         models = {c.name: accuracy(c, probes) for c in [Candidate("teacher", teacher), *candidates]}
         rows.append({"distance": distance, "probes": len(probes), "chance": 1 / FACTS, "models": models})
@@ -187,7 +193,16 @@ def _tasks(
     filler = filler_of(data)
     if not len(filler) or not suite.task_probes:
         return []
-    return ask_tasks(candidates, tokenizer, filler, suite.task_lengths, suite.task_depths, suite.task_probes, seed, say)
+    lengths = _reached("tasks", suite.task_lengths, len(filler), say)
+    return ask_tasks(candidates, tokenizer, filler, lengths, suite.task_depths, suite.task_probes, seed, say)
+
+
+def _reached(what: str, lengths: Sequence[int], held_out: int, say: Callable[[str], None]) -> list[int]:
+    """The lengths that held-out text can fill; the others are named."""
+    short = [str(n) for n in lengths if n > held_out]
+    if short:
+        say(f"evaluate: {what} at {', '.join(short)} tokens left out, for {held_out} tokens are held out")
+    return [n for n in lengths if n <= held_out]
 
 
 def _generation(

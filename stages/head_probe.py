@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmorph.convert.families import FamilySpec
+from ssmorph.convert.families import FamilySpec, logits_of
 from ssmorph.convert.keys import Keys, attended_keys
 from ssmorph.convert.mixers.attending import Attend, AttentionCall
 from ssmorph.convert.mixers.windowed import WindowMixer
@@ -157,7 +157,7 @@ class _Opening(WindowMixer):
 def value_loss(model: Any, tokens_BL: Tensor, asked_T: Tensor) -> Tensor:
     """Mean cross-entropy [B] of the values at positions `asked_T`, each from all tokens before it."""
     hidden_BLD = model.base_model(tokens_BL, use_cache=False).last_hidden_state
-    logits_BTV = model.get_output_embeddings()(hidden_BLD[:, asked_T - 1]).float()
+    logits_BTV = logits_of(model, hidden_BLD[:, asked_T - 1])
     return F.cross_entropy(logits_BTV.transpose(1, 2), tokens_BL[:, asked_T], reduction="none").mean(1)
 
 

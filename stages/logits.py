@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssmorph.convert.capture import run_layer
+from ssmorph.convert.families import FamilySpec
 
 from .config import LogitsStage
 from .context import Context
@@ -20,10 +25,6 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
     """Runs or resumes the stage on `ctx.student`. No [tokens, vocabulary] tensor is held for any model."""
     student, teacher = ctx.student, ctx.teacher
     target: Target = Live(ctx, stage) if stage.offline is None else Stored(ctx, index, stage)
-    if stage.gradient_checkpointing:
-        student.activation_checkpointing_enable()
-        student.train()
-
     layers, logits = sorted(student.mixers()) if stage.layer_weight else [], ctx.spec.logits(teacher.config)
 
     def step(batch: TokenBatch) -> dict[int, float]:
@@ -41,12 +42,22 @@ def run_logits(ctx: Context, index: int, stage: LogitsStage) -> Trained:
         loss.backward()
         return {-1: loss.item()}
 
-    try:
+    with checkpointed(student, ctx.spec) if stage.gradient_checkpointing else contextlib.nullcontext():
         return train(ctx, index, stage, step)
+
+
+@contextlib.contextmanager
+def checkpointed(model: Any, spec: FamilySpec) -> Iterator[None]:
+    """While open, blocks keep what enters them and compute the rest again for their gradients; nothing else changes."""
+    model.activation_checkpointing_enable()
+    for block in spec.decoder_layers(model):
+        # transformers asks the block itself; what is inside it stays in eval mode, its dropout with it
+        block.training = True
+    try:
+        yield
     finally:
-        if stage.gradient_checkpointing:
-            student.activation_checkpointing_disable()
-            student.eval()
+        model.activation_checkpointing_disable()
+        model.eval()
 
 
 def layer_term(ctx: Context, stage: LogitsStage, own: dict[int, BlockCall], taught: dict[int, BlockCall]) -> Tensor:

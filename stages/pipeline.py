@@ -134,7 +134,9 @@ def _forget(run: RunDir, first: int) -> None:
     """Removes what came of the stages from `first` on, last first, so that a kill leaves a run that is only shorter."""
     if (run.path / "final").is_dir():
         remove_folder(run.path / "final")
-    (run.path / "report.json").unlink(missing_ok=True)
+    for pattern in ("report*.json", "lm-eval-*.json", "report.html"):
+        for file in run.path.glob(pattern):
+            file.unlink()
     numbered = {int(p.name.split("-")[0]): p for p in run.path.glob("[0-9]*-*") if p.is_dir()}
     for number in sorted((n for n in numbered if n >= first), reverse=True):
         remove_folder(numbered[number])

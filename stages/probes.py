@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .retrieval import CITIES, FACTS, NAMES, Probe, accuracy
+from .retrieval import CITIES, FACTS, NAMES, Probe, accuracy, drawn, told_apart
 from .scores import Candidate
 
 PAIRS = 8
@@ -63,18 +63,21 @@ def make_task(
 ) -> list[Probe]:
     """`count` questions of `task`, each of `length` tokens unless its facts alone are longer; the guess rate is 1/4."""
     rng = random.Random(f"{seed} {task} {length} {depth}")
-    return [_probe(TASKS[task](rng), tokenizer, filler_L, length, depth, rng) for _ in range(count)]
+    return [drawn(lambda: _probe(TASKS[task](rng), tokenizer, filler_L, length, depth, rng)) for _ in range(count)]
 
 
 def _probe(
     question: Question, tokenizer: Any, filler_L: Tensor, length: int, depth: float, rng: random.Random
-) -> Probe:
+) -> Probe | None:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
     stated, asked, right, words = question
     placed = sorted((depth if place is None else place, encode(text)) for place, text in stated)
-    end = encode(asked)
+    answers = told_apart(tokenizer, asked, words)
+    if answers is None:
+        return None
+    end, choice_of = answers[0], dict(zip(words, answers[1], strict=True))
     room = max(0, length - len(end) - sum(len(t) for _, t in placed))
     start = rng.randrange(max(1, len(filler_L) - room))
     filler = filler_L[start : start + room].tolist()
@@ -84,7 +87,7 @@ def _probe(
         tokens += [*filler[used:reach], *text]
         used = reach
     order = rng.sample(words, len(words))
-    choices = tuple(encode(" " + word)[0] for word in order)
+    choices = tuple(choice_of[word] for word in order)
     return Probe(torch.tensor([*tokens, *filler[used:], *end]), choices, order.index(right))
 
 

@@ -82,13 +82,20 @@ def _decode_table(decode: dict[str, list[dict[str, float]]]) -> Table:
 def tasks_table(report: dict[str, Any]) -> Table:
     """Tasks of lm-eval: teacher, hybrid and their difference, with standard errors."""
     limit = "" if report["limit"] is None else f", at most {report['limit']} documents each"
-    table = Table(title=f"{report['suite']}, lm-eval {report['lm_eval']}{limit}")
+    table = Table(title=f"{escape(str(report['suite']))}, lm-eval {report['lm_eval']}{limit}")
     for column in ("task", "metric", "documents", "chance", "teacher", "hybrid", "difference"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for row in report["rows"]:
         chance = "" if row["chance"] is None else f"{row['chance']:.2f}"
         cells = (_with_error(**row[name]) for name in ("teacher", "hybrid"))
-        table.add_row(row["task"], row["metric"], str(row["documents"]), chance, *cells, f"{row['difference']:+.3f}")
+        table.add_row(
+            escape(row["task"]),
+            escape(row["metric"]),
+            str(row["documents"]),
+            chance,
+            *cells,
+            f"{row['difference']:+.3f}",
+        )
     return table
 
 

@@ -6,18 +6,22 @@ Perplexity on short windows cannot show what a state remembers; this can. Synthe
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import fail
 from .data import PackedData
 from .scores import Candidate
 
 NAMES = ("Alice", "Boris", "Carla", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Louis")
 CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Oslo", "Cairo", "Tokyo", "Lima", "Boston")
 FACTS = 4
+# of four answers, before a tokenizer is given up
+DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -62,18 +66,45 @@ def make_probes(tokenizer: Any, filler_L: Tensor, distance: int, count: int, see
     """`count` questions about a fact stated `distance` filler tokens ago; the guess rate is 1 / FACTS."""
     rng = random.Random(seed * 1_000_003 + distance)
 
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    probes = []
-    for _ in range(count):
+    def probe() -> Probe | None:
         facts = Facts.draw(rng)
         start = rng.randrange(max(1, len(filler_L) - distance))
-        stated, asked = encode("".join(facts.sentences())), encode(facts.question())
+        answers = told_apart(tokenizer, facts.question(), facts.cities)
+        if answers is None:
+            return None
+        asked, choices = answers
+        stated = tokenizer("".join(facts.sentences()), add_special_tokens=False).input_ids
         tokens = [*stated, *filler_L[start : start + distance].tolist(), *asked]
-        choices = tuple(encode(" " + city)[0] for city in facts.cities)
-        probes.append(Probe(torch.tensor(tokens), choices, facts.right))
-    return probes
+        return Probe(torch.tensor(tokens), choices, facts.right)
+
+    return [drawn(probe) for _ in range(count)]
+
+
+def told_apart(tokenizer: Any, asked: str, words: Sequence[str]) -> tuple[list[int], tuple[int, ...]] | None:
+    """Tokens of a question and of what all answers to it begin with, and the token by which each answer goes on.
+
+    A tokenizer may put the space before a word, or its first letters, into tokens of their own. None where two answers
+    share the token that tells others apart.
+    """
+    whole = [tokenizer(f"{asked} {word}", add_special_tokens=False).input_ids for word in words]
+    shared = next((i for i, column in enumerate(zip(*whole, strict=False)) if len(set(column)) > 1), None)
+    if shared is None:
+        return None
+    choices = tuple(tokens[shared] for tokens in whole)
+    return (whole[0][:shared], choices) if len(set(choices)) == len(choices) else None
+
+
+def drawn(draw: Callable[[], Probe | None]) -> Probe:
+    """The first probe of `draw` whose answers can be told apart.
+
+    Raises:
+        ValueError: a tokenizer in which no draw's can.
+    """
+    for _ in range(DRAWS):
+        probe = draw()
+        if probe is not None:
+            return probe
+    raise fail("evaluate", "four cities must differ in one token", "a tokenizer in which none do", "Use suite: none.")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .config import MixingStage, StudentConfig
+from .config import HiddenStage, MixingStage, Stage, StudentConfig, TrainStage
 from .context import Context
 from .controls import SINKS, equal_window
 from .nested import RunStages, staged_student
@@ -31,12 +31,22 @@ def trained_windows(ctx: Context, run_stages: RunStages) -> list[tuple[str, Call
     students = {"window_trained": _window(ctx, sorted(mixers), window, sinks)}
     if own is not None:
         students = {"own_window_trained": _window(ctx, sorted(mixers), sum(own), sinks), **students}
-    # a window has no mixing matrix to align
-    stages = tuple(stage for stage in ctx.config.stages if not isinstance(stage, MixingStage))
+    stages = tuple(_for_window(stage) for stage in ctx.config.stages)
     return [
         (name, partial(staged_student, ctx, f"{FOLDER}/{name}", student, stages, run_stages))
         for name, student in students.items()
     ]
+
+
+def _for_window(stage: Stage) -> Stage:
+    """The stage as a window can run it, in the same place, which is what its tokens and stored logits go by.
+
+    A window has no mixing matrix to align: on those tokens its outputs are aligned instead.
+    """
+    if not isinstance(stage, MixingStage):
+        return stage
+    shared = {f.name: getattr(stage, f.name) for f in dataclasses.fields(TrainStage)}
+    return HiddenStage(**shared)
 
 
 def _window(ctx: Context, layers: list[int], window: int, sinks: int) -> StudentConfig:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmorph.convert.families import logits_of
+
 from .loyalty import probability_gap, rank_correlation
 
 # tokens whose logits exist at a time
@@ -101,7 +103,7 @@ def _body(model: Any, tokens_1L: Tensor) -> Tensor:
 
 
 def _log_probs(model: Any, hidden_TD: Tensor) -> Tensor:
-    return model.get_output_embeddings()(hidden_TD).float().log_softmax(-1)
+    return logits_of(model, hidden_TD).log_softmax(-1)
 
 
 def _add(scores: Scores, part: slice, log_t_TV: Tensor, log_s_TV: Tensor, labels_T: Tensor) -> None:

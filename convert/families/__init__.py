@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...errors import fail
 from .falcon import FALCON
 from .gemma import GEMMA2, GEMMA3
@@ -25,7 +28,7 @@ from .stablelm import STABLELM
 SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, GEMMA2, GEMMA3, OLMO2, SMOLLM3, GPT_NEOX, FALCON, GRANITE, STABLELM)
 FAMILIES: dict[str, FamilySpec] = {word: spec for spec in SPECS for word in spec.model_types}
 
-__all__ = ["FAMILIES", "AttentionShape", "FamilySpec", "attention_shape", "family_of"]
+__all__ = ["FAMILIES", "AttentionShape", "FamilySpec", "attention_shape", "family_of", "logits_of"]
 
 
 def family_of(config: Any) -> FamilySpec:
@@ -41,6 +44,18 @@ def family_of(config: Any) -> FamilySpec:
     if config.model_type not in FAMILIES:
         return probe(config)
     return FAMILIES[config.model_type]
+
+
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """Logits [..., V], float32, of last hidden states [..., D]: with the factor and soft cap of the model's family.
+
+    Raises:
+        ValueError: as `family_of`.
+    """
+    config = model.config.get_text_config()
+    scale, softcap = family_of(config).logits(config)
+    logits = scale * model.get_output_embeddings()(hidden).float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def attention_shape(config: Any) -> AttentionShape:

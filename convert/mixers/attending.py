@@ -8,6 +8,7 @@ key/value heads, P head width.
 from __future__ import annotations
 
 import copy
+import threading
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -26,6 +27,9 @@ FUNCTION = "ssmorph_attending"
 
 # queries [B, H, L, P], keys and values [B, G, L, P] and how scores are made, to what is attended, [B, L, H, P]
 Attend = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]
+
+# what stands for the softmax in the attention that this thread is in: two threads may run one model
+_CALL = threading.local()
 
 
 class AttentionCall(NamedTuple):
@@ -101,7 +105,7 @@ class AttendingMixer(Mixer):
         """[B, L, D] to ([B, L, D], None); other arguments, RoPE's tables among them, go to the attention."""
         valid_BL = padding_mask(attention_mask, hidden_states.shape[1])
         cache = cache_layer(layer_past if past_key_values is None else past_key_values, self.layer_idx, self.cache_kind)
-        segment_BL = segments(position_ids)
+        segment_BL = segments(position_ids, valid_BL)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         attend = self.answer(AttentionCall(hidden_states, valid_BL, segment_BL, cache, tables_in(kwargs)))
@@ -121,21 +125,21 @@ class AttendingMixer(Mixer):
 
     def call_attention(self, hidden_BLD: Tensor, attend: Attend, kwargs: dict[str, Any]) -> Tensor:
         """The attention's output with `attend` [B, L, H, P] in the place of its softmax."""
-        self.attention.__dict__["attend"] = attend
+        before, _CALL.attend = getattr(_CALL, "attend", None), attend
         try:
             return self.attention(hidden_BLD, attention_mask=None, **kwargs)[0]
         finally:
-            del self.attention.__dict__["attend"]
+            _CALL.attend = before
 
 
 def _attending(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What transformers calls by name: hands on to the mixer whose attention this is."""
-    del attention_mask
+    del module, attention_mask
     scale = kwargs.get("scaling")
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
-    attend: Attend = module.__dict__["attend"]
+    attend: Attend = _CALL.attend
     scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window"))
     return attend(query, key, value, scores), None
 

@@ -150,7 +150,7 @@ class ScanMixer(Mixer):
         """
         valid_BL = padding_mask(attention_mask, hidden_states.shape[1])
         cache = cache_layer(layer_past if past_key_values is None else past_key_values, self.layer_idx, MixerCacheLayer)
-        features_BLE = self.features(hidden_states, valid_BL, segments(position_ids), cache)
+        features_BLE = self.features(hidden_states, valid_BL, segments(position_ids, valid_BL), cache)
         return self.out_proj(features_BLE), None
 
     def features(

@@ -22,7 +22,8 @@ class Backends:
 
     A request is the caller's `backend` argument, or else the environment variable SSMORPH_BACKEND, which holds for
     every operation. Without a request the first backend that does not refuse the device is taken; on a GPU `on_gpu`
-    comes before all others. Where the preferred one refuses, the log says why another one runs.
+    comes before all others. Where the preferred one refuses, or cannot do what a call asks for, the log says why
+    another one runs.
 
     Args:
         op_name: the operation, as errors and the log name it.
@@ -54,24 +55,28 @@ class Backends:
         """Why a known backend cannot run on the device, or None where it can."""
         return self._refuses[name](device) if name in self._refuses else None
 
-    def choose(self, requested: str | None, device: torch.device) -> str:
+    def choose(self, requested: str | None, device: torch.device, unfit: Mapping[str, str | None] | None = None) -> str:
         """The name of the backend to run on the device; logs each new choice once.
+
+        Args:
+            unfit: backend name -> why it cannot do what this call asks for; one that was requested says so itself.
 
         Raises:
             ValueError: a requested name that is unknown or refuses the device, or no backend for the device.
         """
         where = f"{self.op_name}.backend" if requested else ENVIRONMENT
         requested = requested or os.environ.get(ENVIRONMENT)
-        name = self._requested(where, requested, device) if requested else self._first(device)
+        name = self._requested(where, requested, device) if requested else self._first(device, unfit or {})
         if (name, device.type) not in self._logged:
             self._logged.add((name, device.type))
-            self._log(name, device, where if requested else None)
+            self._log(name, device, where if requested else None, unfit or {})
         return name
 
-    def _log(self, name: str, device: torch.device, where: str | None) -> None:
+    def _log(self, name: str, device: torch.device, where: str | None, unfit: Mapping[str, str | None]) -> None:
         best = self._order(device)[0]
         if where is None and best != name:
-            log.warning("%s: backend %s on %s, since %s", self.op_name, name, device.type, self.refusal(best, device))
+            why = self.refusal(best, device) or unfit.get(best)
+            log.warning("%s: backend %s on %s, since %s", self.op_name, name, device.type, why)
         else:
             why = f"as {where} asks" if where else "the best one here"
             log.info("%s: backend %s on %s, %s", self.op_name, name, device.type, why)
@@ -81,13 +86,15 @@ class Backends:
         reasons = {name: self.refusal(name, device) for name in self._targets}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
-    def load(self, requested: str | None, device: torch.device) -> Callable[..., Any]:
-        """The function of the chosen backend.
+    def load(
+        self, requested: str | None, device: torch.device, unfit: Mapping[str, str | None] | None = None
+    ) -> Callable[..., Any]:
+        """The function of the chosen backend; arguments as `choose` has them.
 
         Raises:
             ValueError: as `choose`, and a backend whose module needs a package that is not installed.
         """
-        name = self.choose(requested, device)
+        name = self.choose(requested, device, unfit)
         module, function = self._targets[name].split(":")
         try:
             loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
@@ -106,10 +113,10 @@ class Backends:
             )
         return name
 
-    def _first(self, device: torch.device) -> str:
+    def _first(self, device: torch.device, unfit: Mapping[str, str | None]) -> str:
         reasons: dict[str, str | None] = {}
         for name in self._order(device):
-            reasons[name] = self.refusal(name, device)
+            reasons[name] = self.refusal(name, device) or unfit.get(name)
             if reasons[name] is None:
                 return name
         raise fail(self.op_name, f"needs a backend for {device.type}", reasons, "Use another device.")

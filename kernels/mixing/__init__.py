@@ -13,6 +13,7 @@ from ..common.native import refuses_native
 from .checks import check_extras, check_shapes, check_teacher
 from .maps import mixing_maps
 from .teacher import Teacher
+from .triton_plan import too_wide
 
 BACKENDS = Backends(
     "mixing_loss",
@@ -84,7 +85,7 @@ def mixing_loss(
     check_teacher(op, window, softcap)
     check_shapes(op, C_BLHN, B_BLHN, log_a_BLH, q_BLHK, k_BLGK)
     check_extras(op, log_a_BLH, w_BLH, D_H, sinks_H, valid_BL)
-    function = BACKENDS.load(backend, C_BLHN.device)
+    function = BACKENDS.load(backend, C_BLHN.device, {"triton": too_wide(C_BLHN, q_BLHK)})
     work = torch.promote_types(C_BLHN.dtype, torch.float32)
     heads = log_a_BLH.shape[2]
     C, B, q, k = (_per_head(t, heads) for t in (C_BLHN, B_BLHN, q_BLHK.detach(), k_BLGK.detach()))

@@ -7,7 +7,6 @@ float32 sums. B batch, L length, H heads, N state width, K key width.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,39 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from ssmorph.errors import fail
 
-from ..common.gpu import architecture, precision
+from ..common.gpu import precision
 from ..common.launch import launch, recorded
 from ..common.shipped import Shipped
 from .teacher import Teacher
 from .triton_kernels import columns_kernel, rows_kernel, statistics_kernel
+from .triton_plan import LAUNCHES, Launch, row_for
 
 LOG2E, LEAST = math.log2(math.e), -150.0
-
-
-@dataclass(frozen=True)
-class Launch:
-    """For widths up to `key`: rows of a tile, warps and pipeline stages."""
-
-    key: int
-    rows: int
-    warps: int
-    stages: int
-    # why it need not fit twice on a multiprocessor
-    exempt: str = ""
-
-
-# by architecture and bytes per element; the first row that is wide enough is taken
-WIDE = Launch(128, 32, 8, 2, "four warps would spill")
-HALF_80 = (Launch(64, 32, 4, 2), WIDE)
-FULL = (Launch(64, 32, 4, 1), Launch(128, 32, 8, 1))
-LAUNCHES = {
-    ("sm_90", 2): (Launch(64, 64, 4, 2), WIDE),
-    ("sm_80", 2): HALF_80,
-    ("gfx942", 2): HALF_80,
-    ("sm_90", 4): FULL,
-    ("sm_80", 4): FULL,
-    ("gfx942", 4): FULL,
-}
 
 
 def mixing_triton(
@@ -66,7 +40,7 @@ def mixing_triton(
     C, B = _alike(C_BLHN, B_BLHN)
     q, k = _alike(teacher.q_BLHK, teacher.k_BLHK)
     teacher = Teacher(q, k, teacher.scale, teacher.window, teacher.softcap, teacher.sinks_H)
-    row = _row_for(C, q)
+    row = row_for(C, q)
     loss_H: Tensor = _MixingLoss.apply(
         C, B, log_a_BLH, w_BLH, D_H, teacher, valid_BL, loss, row, torch.is_grad_enabled()
     )
@@ -78,16 +52,6 @@ def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     if dtype == torch.float64:
         raise fail("mixing_loss.backend", "'triton' computes in float32", dtype, "Use backend 'chunked'.")
     return one.to(dtype).contiguous(), other.to(dtype).contiguous()
-
-
-def _row_for(C: Tensor, q: Tensor) -> Launch:
-    arch, widest = architecture(C.device), max(C.shape[-1], q.shape[-1])
-    rows = LAUNCHES[arch, max(C.element_size(), q.element_size())]
-    for row in rows:
-        if widest <= row.key:
-            return row
-    rule = f"'triton' holds widths up to {rows[-1].key} on {arch}"
-    raise fail("mixing_loss.backend", rule, widest, "Use backend 'chunked'.")
 
 
 class _MixingLoss(torch.autograd.Function):

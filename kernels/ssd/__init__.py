@@ -11,6 +11,7 @@ from ..common.gpu import refuses_triton
 from ..common.native import refuses_native
 from .checks import INTEGERS, check_inputs, check_optional, check_segment, check_state
 from .package import refuses_scan, refuses_step
+from .triton_plan import too_wide
 
 BACKENDS = Backends(
     "ssd",
@@ -62,8 +63,8 @@ def ssd(
         initial_state_BHPN: state before the first token; zero where left out.
         segment_BL: document of each token, ascending; the state is emptied at each border.
         cu_seqlens: instead of `segment_BL`, for a batch of 1: where documents begin, and the length [documents + 1].
-        backend: a name of `BACKENDS`; left out, the best for the device. 'mamba_ssm' (the package mamba-ssm, on a GPU)
-            runs when asked for alone.
+        backend: a name of `BACKENDS`; left out, the best for the device and these widths. 'mamba_ssm' (the package
+            mamba-ssm, on a GPU) runs when asked for alone.
 
     Returns:
         y [B, L, H, P] in the dtype of x, and the last token's state [B, H, P, N] in float32 (float64 for float64).
@@ -80,7 +81,8 @@ def ssd(
     check_segment("ssd", segment_BL, (batch, length))
     if cu_seqlens is not None:
         segment_BL = documents(cu_seqlens, segment_BL, x_BLHP)
-    scan = BACKENDS.load(backend, x_BLHP.device)
+    narrow = too_wide(x_BLHP.device, x_BLHP.dtype, max(width, B_BLGN.shape[-1]))
+    scan = BACKENDS.load(backend, x_BLHP.device, {"triton": narrow})
     y, state_BHPN = scan(x_BLHP, log_a_BLH, B_BLGN, C_BLGN, w_BLH, D_H, initial_state_BHPN, segment_BL)
     return y, state_BHPN
 

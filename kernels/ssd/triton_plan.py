@@ -100,6 +100,13 @@ def row_for(device: torch.device, dtype: torch.dtype, widest: int) -> Launch:
     raise fail("ssd.backend", rule, widest, "Use backend 'chunked'.")
 
 
+def too_wide(device: torch.device, dtype: torch.dtype, widest: int) -> str | None:
+    """Why 'triton' cannot hold the wider of P and N, or None where it can."""
+    arch = architecture(device)
+    most = LAUNCHES[arch, min(4, dtype.itemsize)][-1].key
+    return None if widest <= most else f"triton holds widths up to {most} of {dtype} on {arch}, not {widest}"
+
+
 def block(width: int) -> int:
     """The power of two that holds a width; products need at least 16."""
     return max(16, 1 << (width - 1).bit_length())

@@ -30,8 +30,8 @@ def controls(run: RunFiles) -> Html | None:
         return None
     window, first = run.report["window_control"], run.report["text"][0]["models"]
     lead = (
-        "KL and top-1 come first: adapting to a domain can hide damage in perplexity. All controls are at the same"
-        " layers and untrained. The copy has the attention's own weights, before calibration."
+        "KL and top-1 come first: adapting to a domain can hide damage in perplexity. Controls are at the same layers"
+        " and untrained unless their name says more. The copy has the attention's own weights, before calibration."
     )
     notes = [paragraph(lead)]
     if "window" in first:

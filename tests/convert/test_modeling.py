@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -12,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import ssmorph.hf  # noqa: F401  registers the classes
+from ssmorph.convert.cache import padding_mask, segments
 from ssmorph.convert.modeling import hybrid_of
 from tests.models import tiny_hybrid, tiny_teacher
 
@@ -94,3 +98,51 @@ def test_right_padding_leaves_the_state_alone() -> None:
         padded = student(x, attention_mask=mask, use_cache=True).past_key_values
         alone = student(x[:, :7], use_cache=True).past_key_values
     assert close(padded.layers[0].recurrent_states[0], alone.layers[0].recurrent_states[0])
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "windowed_mamba2", "mamba2_heads"])
+def test_a_copy_in_memory_is_the_model(kind: str) -> None:
+    student = tiny_hybrid(kind)
+    twin = copy.deepcopy(student)
+    assert type(twin) is type(student)
+    assert torch.equal(twin(tokens(1, 20)).logits, student(tokens(1, 20)).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mamba2", "windowed_mamba2", "mamba2_heads"])
+def test_threads_do_not_see_each_other(kind: str) -> None:
+    student = tiny_hybrid(kind)
+    texts = [tokens(1, 30 + i, seed=i) for i in range(4)]
+    expected = [student(text).logits for text in texts]
+
+    def asked(place: int) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(student(texts[place]).logits, expected[place]) for _ in range(8))
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        assert all(pool.map(asked, range(len(texts))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mamba2", "windowed_mamba2", "mamba2_heads"])
+def test_padding_is_no_document(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` gives all of it position 0, which is also where documents begin."""
+    valid, packed = torch.tensor([[False] * 3 + [True] * 4]), torch.tensor([[0, 0, 0, 0, 1, 2, 3]])
+    assert segments(packed, valid) is None
+    assert segments(packed) is not None
+    second = segments(torch.tensor([[0, 0, 0, 1, 0, 1, 2]]), valid)
+    assert second is not None
+    assert second.tolist() == [[0, 0, 0, 0, 1, 1, 1]]
+    student = tiny_hybrid(kind)
+    found: list[Any] = []
+    for module in ("base", "attending"):
+        own = importlib.import_module(f"ssmorph.convert.mixers.{module}")
+        monkeypatch.setattr(own, "segments", lambda *arguments: found.append(segments(*arguments)) or found[-1])
+    student.generate(tokens(2, 9), attention_mask=torch.tensor([[0] * 4 + [1] * 5, [1] * 9]), max_new_tokens=2)
+    assert found
+    assert all(segment is None for segment in found)
+
+
+def test_a_mask_that_is_no_tensor_is_refused() -> None:
+    with pytest.raises(ValueError, match="need a mask that is a tensor"):
+        padding_mask(object(), 3)  # type: ignore[arg-type]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
 
+from ssmorph.kernels import mixing, ssd
 from ssmorph.kernels.common.dispatch import ENVIRONMENT, Backends
 
 CPU = torch.device("cpu")
@@ -78,3 +80,38 @@ def test_a_gpu_prefers_its_own_backend_and_says_why_another_runs(caplog: pytest.
     caplog.clear()
     assert on_gpu("not installed").choose(None, torch.device("cuda")) == "fast"
     assert caplog.messages == ["root: backend fast on cuda, since not installed"]
+
+
+def test_a_backend_that_cannot_do_this_call_is_passed_over_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    def fresh() -> Backends:
+        return Backends("root", {"fast": "math:sqrt", "gpu": "math:sqrt"}, on_gpu="gpu")
+
+    gpu = torch.device("cuda")
+    assert fresh().choose(None, gpu, {"gpu": None}) == "gpu"
+    assert fresh().choose("gpu", gpu, {"gpu": "too wide"}) == "gpu", "it was asked for, and says itself what is wrong"
+    with caplog.at_level(logging.INFO):
+        assert fresh().choose(None, gpu, {"gpu": "too wide"}) == "fast"
+    assert caplog.messages == ["root: backend fast on cuda, since too wide"]
+
+
+@pytest.mark.parametrize(("width", "named"), [(128, None), (129, "not 129"), (256, "not 256")])
+def test_widths_that_no_launch_holds_are_named_beforehand(
+    width: int, named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window's scan of heads of 128 channels is 129 wide, and its caller cannot name a backend."""
+    reasons: list[str | None] = []
+
+    def load(_backend: str | None, _device: torch.device, unfit: dict[str, str | None]) -> Any:
+        reasons.append(unfit["triton"])
+        raise InterruptedError
+
+    monkeypatch.setattr(ssd.BACKENDS, "load", load)
+    monkeypatch.setattr(mixing.BACKENDS, "load", load)
+    x, one = torch.zeros(1, 2, 1, width), torch.zeros(1, 2, 1)
+    with pytest.raises(InterruptedError):
+        ssd.ssd(x, one, x, x)
+    with pytest.raises(InterruptedError):
+        mixing.mixing_loss(x, x, one, x, x, scale=1.0)
+    for reason in reasons:
+        assert reason is None if named is None else named in str(reason)
+    assert len(reasons) == 2

@@ -76,7 +76,11 @@ def test_a_stage_that_has_not_started_may_change(tmp_path: Path) -> None:
 def test_from_runs_a_stage_and_all_after_it_again(tmp_path: Path, whole: Path) -> None:
     run = run_tiny(tmp_path / "run")
     said: list[str] = []
+    stale = [run / name for name in ("report-full.json", "lm-eval-mohawk.json", "report.html")]
+    for file in stale:
+        file.write_text("{}")
     run_tiny(run, start="hidden", say=said.append)
+    assert not any(file.exists() for file in stale), "they are of another student"
     assert [line for line in said if line.endswith("starting")] == ["3-hidden: starting", "4-logits: starting"]
     assert outcome(run) == outcome(whole)
 

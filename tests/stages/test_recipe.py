@@ -163,6 +163,7 @@ REFUSED = [
     ),
     ("layer loss", "stages.logits.layer_loss=l1", ["stages[2].layer_loss: must be one of l2, frobenius"]),
     ("format", "run_format=99", ["run_format: ", "99"]),
+    ("a seed", "seed=-1", ["seed: must not be negative; got -1"]),
     ("no value", "seed", ["override: ", "'seed'"]),
     ("no path", "=3", ["override: ", "'=3'"]),
     ("empty key", "student..layers=all", ["override: ", "student..layers"]),

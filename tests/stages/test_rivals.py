@@ -50,11 +50,11 @@ def test_another_evaluation_does_not_train_them_again(windowed: Path) -> None:
     assert not any("step" in line for line in said if line.startswith("rivals"))
 
 
-def test_a_mixer_without_a_window_has_one_rival_without_a_mixing_stage(tmp_path: Path) -> None:
+def test_a_mixer_without_a_window_has_one_rival_that_aligns_outputs_where_it_aligns_matrices(tmp_path: Path) -> None:
     run = run_tiny(tmp_path / "run", *SCORED)
     found = rows(run)
     assert "window_trained" in found
     assert "own_window_trained" not in found
     assert [p.name for p in sorted((run / "rivals" / "window_trained").glob("[0-9]-*"))] == [
-        "0-surgery", "1-calibrate", "2-hidden", "3-logits"
+        "0-surgery", "1-calibrate", "2-hidden", "3-hidden", "4-logits"
     ]  # fmt: skip
