@@ -167,7 +167,7 @@ def cache_layer(cache: Cache | None, index: int, kind: type[OneLayer]) -> OneLay
     """This layer's place in the cache, made ours on first use: of `kind`.
 
     Raises:
-        ValueError: a static cache, whose masks would let padding into the state.
+        ValueError: a static cache, whose masks would let padding into the state, or one that another model has filled.
     """
     if cache is None:
         return None
@@ -183,6 +183,11 @@ def cache_layer(cache: Cache | None, index: int, kind: type[OneLayer]) -> OneLay
         )
     layer = layers[index]
     if not isinstance(layer, kind):
+        if isinstance(layer, CacheLayerMixin) and layer.get_seq_length():
+            raise fail(
+                "past_key_values", "must come from this hybrid", f"keys and values in converted layer {index}",
+                "Start with an empty cache.",
+            )  # fmt: skip
         layers[index] = layer = kind()
     return layer
 

@@ -146,3 +146,11 @@ def test_padding_is_no_document(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_mask_that_is_no_tensor_is_refused() -> None:
     with pytest.raises(ValueError, match="need a mask that is a tensor"):
         padding_mask(object(), 3)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_cache_of_the_teacher_is_refused() -> None:
+    teacher = tiny_teacher()
+    filled = teacher(tokens(1, 9), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="must come from this hybrid; got keys and values in converted layer 1"):
+        tiny_hybrid(teacher=teacher)(tokens(1, 1), past_key_values=filled)
