@@ -1,4 +1,4 @@
-"""One new token beside a window and a state: what window.py and the scan compute for it, in a third of the operations.
+"""One new token beside a window and a state: what window.py and the scan compute for it, in fewer operations.
 
 Where one text at a time is decoded, a layer's time is the number of its operations, not their size. Here the sinks,
 the window and the new token are one row of keys, and window and state are divided as soon as both are summed. It stands
