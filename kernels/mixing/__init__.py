@@ -10,10 +10,11 @@ from ssmorph.errors import fail, nearest
 from ..common.dispatch import Backends
 from ..common.gpu import refuses_triton
 from ..common.native import refuses_native
+from ..common.rows import too_wide
 from .checks import check_extras, check_shapes, check_teacher
 from .maps import mixing_maps
 from .teacher import Teacher
-from .triton_plan import too_wide
+from .triton_plan import LAUNCHES
 
 BACKENDS = Backends(
     "mixing_loss",
@@ -85,7 +86,7 @@ def mixing_loss(
     check_teacher(op, window, softcap)
     check_shapes(op, C_BLHN, B_BLHN, log_a_BLH, q_BLHK, k_BLGK)
     check_extras(op, log_a_BLH, w_BLH, D_H, sinks_H, valid_BL)
-    function = BACKENDS.load(backend, C_BLHN.device, {"triton": too_wide(C_BLHN, q_BLHK)})
+    function = BACKENDS.load(backend, C_BLHN.device, {"triton": too_wide(LAUNCHES, C_BLHN, q_BLHK)})
     work = torch.promote_types(C_BLHN.dtype, torch.float32)
     heads = log_a_BLH.shape[2]
     C, B, q, k = (_per_head(t, heads) for t in (C_BLHN, B_BLHN, q_BLHK.detach(), k_BLGK.detach()))

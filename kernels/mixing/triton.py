@@ -18,10 +18,11 @@ from ssmorph.errors import fail
 
 from ..common.gpu import precision
 from ..common.launch import launch, recorded
+from ..common.rows import Launch, row_for
 from ..common.shipped import Shipped
 from .teacher import Teacher
 from .triton_kernels import columns_kernel, rows_kernel, statistics_kernel
-from .triton_plan import LAUNCHES, Launch, row_for
+from .triton_plan import LAUNCHES
 
 LOG2E, LEAST = math.log2(math.e), -150.0
 
@@ -40,7 +41,7 @@ def mixing_triton(
     C, B = _alike(C_BLHN, B_BLHN)
     q, k = _alike(teacher.q_BLHK, teacher.k_BLHK)
     teacher = Teacher(q, k, teacher.scale, teacher.window, teacher.softcap, teacher.sinks_H)
-    row = row_for(C, q)
+    row = row_for(LAUNCHES, C, q, "mixing_loss", "widths up to {}", "Use backend 'chunked'.")
     loss_H: Tensor = _MixingLoss.apply(
         C, B, log_a_BLH, w_BLH, D_H, teacher, valid_BL, loss, row, torch.is_grad_enabled()
     )

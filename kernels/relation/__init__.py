@@ -9,7 +9,9 @@ from ssmorph.errors import fail
 
 from ..common.dispatch import Backends
 from ..common.gpu import refuses_triton
+from ..common.rows import too_wide
 from .problem import Problem
+from .triton_plan import LAUNCHES
 
 BACKENDS = Backends(
     "relation_loss",
@@ -64,11 +66,11 @@ def relation_loss(
     """
     _check_shapes(student_BLW, teacher_BLV, heads)
     _check_valid(student_BLW, valid_BL)
-    function = BACKENDS.load(backend, student_BLW.device)
     student, teacher = student_BLW, teacher_BLV.detach()
     if valid_BL is not None:
         student, teacher = (t.masked_fill(~valid_BL[..., None], 0) for t in (student, teacher))
     student, teacher = (t.unflatten(-1, (heads, -1)) for t in (student, teacher))
+    function = BACKENDS.load(backend, student.device, {"triton": too_wide(LAUNCHES, student, teacher)})
     scales = (_scale(student_scale, student), _scale(teacher_scale, teacher))
     with torch.autocast(student.device.type, enabled=False):
         loss_H: Tensor = function(student, Problem(teacher, *scales, causal, valid_BL))

@@ -9,7 +9,6 @@ B batch, L length, H relation heads, J and K widths of the student's and the tea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,37 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from ssmorph.errors import fail
 
-from ..common.gpu import architecture, precision
+from ..common.gpu import precision
 from ..common.launch import launch, recorded
+from ..common.rows import Launch, row_for
 from ..common.shipped import Shipped
 from .problem import Problem
 from .triton_kernels import gradient_kernel, log_sums_kernel
+from .triton_plan import LAUNCHES
 
 LOG2E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """For widths up to `key`: rows of a tile, warps and pipeline stages."""
-
-    key: int
-    rows: int
-    warps: int
-    stages: int
-
-
-# by architecture and bytes per element; the first row that is wide enough is taken
-HALF = (Launch(64, 64, 4, 2), Launch(128, 32, 4, 2))
-HALF_AMD = (Launch(128, 32, 4, 2),)
-FULL = (Launch(128, 16, 4, 1),)
-LAUNCHES = {
-    ("sm_90", 2): HALF,
-    ("sm_80", 2): HALF,
-    ("gfx942", 2): HALF_AMD,
-    ("sm_90", 4): FULL,
-    ("sm_80", 4): FULL,
-    ("gfx942", 4): FULL,
-}
 
 
 def relation_triton(student_BLHJ: Tensor, problem: Problem) -> Tensor:
@@ -56,19 +33,10 @@ def relation_triton(student_BLHJ: Tensor, problem: Problem) -> Tensor:
     for t in (student_BLHJ, problem.teacher_BLHK):
         if t.dtype == torch.float64:
             raise fail("relation_loss.backend", "'triton' computes in float32", t.dtype, "Use backend 'chunked'.")
-    row = _row_for(student_BLHJ, problem.teacher_BLHK)
+    what, do = "relation heads up to {} wide", "Use more heads, or backend 'chunked'."
+    row = row_for(LAUNCHES, student_BLHJ, problem.teacher_BLHK, "relation_loss", what, do)
     loss_H: Tensor = _RelationLoss.apply(student_BLHJ, problem, row, torch.is_grad_enabled())
     return loss_H
-
-
-def _row_for(student: Tensor, teacher: Tensor) -> Launch:
-    arch, widest = architecture(student.device), max(student.shape[-1], teacher.shape[-1])
-    rows = LAUNCHES[arch, max(student.element_size(), teacher.element_size())]
-    for row in rows:
-        if widest <= row.key:
-            return row
-    rule = f"'triton' holds relation heads up to {rows[-1].key} wide on {arch}"
-    raise fail("relation_loss.backend", rule, widest, "Use more heads, or backend 'chunked'.")
 
 
 class _RelationLoss(torch.autograd.Function):

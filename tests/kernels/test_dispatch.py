@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssmorph.kernels import mixing, ssd
+from ssmorph.kernels import mixing, relation, ssd
 from ssmorph.kernels.common.dispatch import ENVIRONMENT, Backends
 
 CPU = torch.device("cpu")
@@ -107,11 +107,14 @@ def test_widths_that_no_launch_holds_are_named_beforehand(
 
     monkeypatch.setattr(ssd.BACKENDS, "load", load)
     monkeypatch.setattr(mixing.BACKENDS, "load", load)
+    monkeypatch.setattr(relation.BACKENDS, "load", load)
     x, one = torch.zeros(1, 2, 1, width), torch.zeros(1, 2, 1)
     with pytest.raises(InterruptedError):
         ssd.ssd(x, one, x, x)
     with pytest.raises(InterruptedError):
         mixing.mixing_loss(x, x, one, x, x, scale=1.0)
+    with pytest.raises(InterruptedError):
+        relation.relation_loss(x[:, :, 0], x[:, :, 0], heads=1)
     for reason in reasons:
         assert reason is None if named is None else named in str(reason)
-    assert len(reasons) == 2
+    assert len(reasons) == 3

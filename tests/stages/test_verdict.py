@@ -223,4 +223,5 @@ def test_rules_without_their_measurement_are_named() -> None:
     assert verdict({}) == []
     report = plain()
     del report["generation"]
-    assert unchecked(report)[:2] == ["answer-collapse", "generation-bad"]
+    # nor has this report trained windows or a scored placement
+    assert unchecked(report) == ["answer-collapse", "generation-bad", "worse-than-trained-window", "uniform-is-better"]
