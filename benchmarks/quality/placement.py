@@ -72,6 +72,7 @@ def perform(run: Run) -> None:
     ]
     changes += [f"stages.calibrate.tokens={CALIBRATION}", f"stages.logits.tokens={run.tokens}"]
     changes += [f"placement.calibration_tokens={CALIBRATION}", f"stages.logits.optim.lr={RATES[run.mixer]}"]
+    changes += ["stages.calibrate.refine_steps=0", "stages.logits.optim.rest_lr=0"]
     started = time.process_time()
     convert(
         Path("configs/smollm2") / f"{RECIPES[run.mixer]}.yaml",
