@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import netrc
 import os
-import re
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
 from ..errors import fail
+from .rundir import atomic_write
+
+# beside the run's other files: a copied or moved run goes on with its curve, another of the same name has its own
+ID = "wandb-id"
 
 
 class Tracker(Protocol):
@@ -33,7 +37,7 @@ class NoTracker:
 
 
 class WandbTracker:
-    """Weights & Biases; the run's id is the folder's name, so a resumed run continues its curve.
+    """Weights & Biases; the run's id is kept in its folder, so a resumed run continues its curve.
 
     Without an API key the run is written offline under the run directory (`wandb sync` uploads it later): asking for a
     login would stop an unattended run. WANDB_MODE, where set, decides instead.
@@ -44,12 +48,13 @@ class WandbTracker:
             import wandb
         except ImportError as error:
             raise fail("tracker", "wandb must be installed", "no such package", "Run: pip install wandb") from error
-        name = run_dir.resolve().name
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        if not (run_dir / ID).is_file():
+            atomic_write(run_dir / ID, uuid.uuid4().hex)
         self._run = wandb.init(
             project="ssmorph",
-            id=re.sub(r"[^\w-]", "-", name),
-            name=name,
+            id=(run_dir / ID).read_text(encoding="utf-8"),
+            name=run_dir.resolve().name,
             dir=run_dir,
             config=config,
             mode=mode,

@@ -48,11 +48,24 @@ def test_wandb_is_offline_without_a_key_and_named_after_the_run(tmp_path: Path, 
     tracker = make_tracker("wandb", tmp_path / "my run.1", {"seed": 1})
     tracker.log(3, {"1-hidden/loss": 0.5})
     tracker.finish()
-    assert (wandb["id"], wandb["name"], wandb["mode"], wandb["resume"]) == ("my-run-1", "my run.1", "offline", "allow")
+    assert (wandb["name"], wandb["mode"], wandb["resume"]) == ("my run.1", "offline", "allow")
     assert wandb["config"] == {"seed": 1}
     assert wandb["logged"] == [{"1-hidden/loss": 0.5, "stage_step": 3}]
     assert wandb["finished"]
     assert "WANDB_MODE" not in os.environ
+
+
+def test_a_moved_run_goes_on_with_its_curve_and_another_of_its_name_does_not(
+    tmp_path: Path, wandb: dict[str, Any]
+) -> None:
+    ids = []
+    for run in ("here/run", "there/run"):
+        (tmp_path / run).mkdir(parents=True)
+        make_tracker("wandb", tmp_path / run, {})
+        ids.append(wandb["id"])
+    (tmp_path / "here/run").rename(tmp_path / "moved")
+    make_tracker("wandb", tmp_path / "moved", {})
+    assert wandb["id"] == ids[0] != ids[1]
 
 
 def test_the_current_folder_as_run_has_a_name(
