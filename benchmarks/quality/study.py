@@ -44,7 +44,7 @@ WITHOUT = {
     "output-decays": ("stages.calibrate.decay=distance",),
     "relative-steps": ("stages.logits.optim.kind=adamw",),
 }  # fmt: skip
-# what costs CPU and no tokens: ours with it, beside the layers that are spread evenly those that `student.layers=loo-15` found
+# what costs CPU and no tokens: ours with it, in layers spread evenly and in those that `student.layers=loo-15` found
 MORE = {"500-steps": ("stages.calibrate.refine_steps=500", "stages.calibrate.refine_lr=0.004")}
 FOUND = {"loo-15": "[5, 6, 7, 9, 12, 13, 15, 16, 21, 22, 25, 26, 27, 28, 29]"}
 TUNING, SEEDS, MIDDLE, LARGE = 10_000, (0, 1), 30_000, 100_000
