@@ -44,10 +44,16 @@ def print_plan(plan: dict[str, Any]) -> None:
         where = name_layers(plan["never_smaller"])
         console.print(f"Not in {where}: a sliding window keeps attention's smaller, or kept heads read all of it.")
     _print_treatment(console, plan)
-    console.print(
-        f"Stock architecture it would fit: {plan['stock_export_fits'] or 'none'} (export itself is not built yet)."
-    )
+    console.print(_stock(plan))
     _print_estimate(console, plan["estimate"])
+
+
+def _stock(plan: dict[str, Any]) -> str:
+    if plan["stock_export"] is None:
+        return f"No architecture of other software has the decoder layers of {plan['family']}: nothing to export to."
+    if plan["stock_export_obstacles"]:
+        return f"No export to {plan['stock_export']}: {'; '.join(plan['stock_export_obstacles'])}."
+    return f"`ssmorph export` will write it as {plan['stock_export']}, which loads without this package."
 
 
 def _print_treatment(console: Console, plan: dict[str, Any]) -> None:

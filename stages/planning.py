@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ssmorph.convert.counts import TeacherCounts, head_parameters, mixer_parameters, teacher_counts
+from ssmorph.convert.export.granite import obstacles
 from ssmorph.convert.families import attention_shape, family_of
 from ssmorph.convert.mixers import MixerShape
 from ssmorph.convert.plan import cache_bytes, kept_bytes_per_token, kv_bytes_per_token, retrieval_count, strategy_of
@@ -79,7 +80,8 @@ def plan_of(config: RunConfig) -> dict[str, Any]:
         "treatment": [
             row._asdict() for row in treatments(spec, teacher, layers, config.student.mixer, init, bool(heads))
         ],
-        "stock_export_fits": spec.stock_export(teacher) if config.student.mixer == "mamba2" else None,
+        "stock_export": spec.stock_export,
+        "stock_export_obstacles": obstacles(teacher, spec, {i: (choices[i].kind, shapes[i]) for i in layers}),
         "estimate": _estimate(config, counts, sum(made[i] for i in layers), added, attention.hidden),
     }
 

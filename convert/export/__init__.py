@@ -1,0 +1,1 @@
+"""Hybrids as architectures that other software has, each with a proof that its logits are the same."""

@@ -6,5 +6,5 @@ GRANITE = FamilySpec(
     model_types=("granite",),
     scale=lambda config: config.attention_multiplier,
     logits=lambda config: (1 / config.logits_scaling, None),
-    stock_export=lambda config: "granitemoehybrid",
+    stock_export="granitemoehybrid",
 )

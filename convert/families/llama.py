@@ -2,4 +2,4 @@
 
 from .spec import FamilySpec
 
-LLAMA = FamilySpec(model_types=("llama",), stock_export=lambda config: "granitemoehybrid")
+LLAMA = FamilySpec(model_types=("llama",), stock_export="granitemoehybrid")

@@ -6,7 +6,5 @@ MISTRAL = FamilySpec(
     model_types=("mistral", "mixtral"),
     biases=lambda config: (False, False),
     window=lambda config, layer: config.sliding_window,
-    stock_export=lambda config: (
-        "granitemoehybrid" if config.model_type == "mistral" and config.sliding_window is None else None
-    ),
+    stock_export="granitemoehybrid",
 )

@@ -103,7 +103,7 @@ class FamilySpec:
         attention_function: whether attention goes through transformers' registered attention functions.
         fewer_heads: whether the attention also works when query, key and value have rows of some heads only: it takes
             their number from these projections, and no norm needs all of them.
-        stock_export: the stock architecture a `mamba2` hybrid of this family can be written as, if any.
+        stock_export: the architecture of other software that has this family's decoder layers, if any (convert/export).
     """
 
     model_types: tuple[str, ...]
@@ -135,7 +135,7 @@ class FamilySpec:
     eps: str = "rms_norm_eps"
     attention_function: bool = True
     fewer_heads: bool = True
-    stock_export: Callable[[Any], str | None] = lambda config: None
+    stock_export: str | None = None
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """The model's decoder layers."""

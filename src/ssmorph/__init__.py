@@ -8,6 +8,7 @@ The verbs of the command line are functions here, imported on first use, so that
     evaluate_run(run_dir, suite="full")           measure a finished run again
     report(run_dir)                               the measurements as one HTML file
     generate(folder, prompt)                      text from a converted hybrid
+    export(run_dir)                               the hybrid as an architecture that other software has
     doctor()                                      what works on this machine
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "convert", "doctor", "evaluate_run", "generate", "pack", "plan", "report", "status"]
+__all__ = ["__version__", "convert", "doctor", "evaluate_run", "export", "generate", "pack", "plan", "report", "status"]
 
 
 def __getattr__(name: str) -> Any:

@@ -131,6 +131,16 @@ def generate(
     print(verbs.generate(model, prompt, max_new_tokens, temperature, chat))
 
 
+def export(run: tyro.conf.Positional[str], out: str | None = None) -> None:
+    """Write a hybrid of mamba2 layers as granitemoehybrid, which loads without this package.
+
+    Args:
+        run: a run directory, or a hybrid's folder.
+        out: where to, instead of granitemoehybrid in the run.
+    """
+    verbs.export(run, out, say=_line)
+
+
 def data_pack(
     out: tyro.conf.Positional[str],
     sources: tyro.conf.Positional[tuple[str, ...]] = ("default",),
@@ -211,7 +221,7 @@ def run(arguments: Sequence[str]) -> int:
     app = tyro.extras.SubcommandApp()
     commands: dict[str, Callable[..., None]] = {
         "convert": convert, "plan": plan, "status": status, "eval": evaluate, "report": report,
-        "generate": generate, "data-pack": data_pack, "data-logits": data_logits, "doctor": doctor,
+        "generate": generate, "export": export, "data-pack": data_pack, "data-logits": data_logits, "doctor": doctor,
     }  # fmt: skip
     for name, function in commands.items():
         app.command(name=name)(function)

@@ -183,6 +183,21 @@ def generate(
     return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
+def export(source: str | Path, out: str | Path | None = None, say: Callable[[str], None] = print) -> Path:
+    """Writes a finished hybrid of `mamba2` layers as transformers' own granitemoehybrid; returns the folder.
+
+    Args:
+        source: a run directory, or a folder that save_pretrained wrote.
+        out: where to; granitemoehybrid in the run where left out.
+
+    Raises:
+        ValueError: a hybrid that is none of this architecture, or whose logits are others when written so.
+    """
+    from .stages.export import export
+
+    return export(source, out, say)
+
+
 def pack(out: str | Path, teacher: str, *sources: str, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Tokenises and packs text into memory-mapped shards, for inspection or for use by several runs."""
     from .convert.teachers import load_tokenizer

@@ -27,6 +27,7 @@ VERBS = (
     ["eval"],
     ["report"],
     ["generate"],
+    ["export"],
     ["data", "pack"],
     ["data", "logits"],
     ["doctor"],

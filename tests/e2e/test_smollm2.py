@@ -64,3 +64,6 @@ def test_two_calibrated_layers_stay_close_to_the_teacher(mixer: str, tmp_path: P
     assert own["kl"] < without["kl"] / 2
     assert own["top1"] > 0.8
     assert "Paris" in verbs.generate(run, "The capital of France is", max_new_tokens=6)
+    if mixer == "mamba2":
+        stock = AutoModelForCausalLM.from_pretrained(verbs.export(run, say=lambda text: None))
+        assert stock.config.model_type == "granitemoehybrid"
