@@ -8,7 +8,7 @@ B batch, L length, D model width, H heads, G groups, P head width, N state width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,11 +68,14 @@ def calibrate(
     windows: list[Tensor],
     options: CalibrationOptions,
     progress: Callable[[LayerFit], None] = lambda fit: None,
+    fitted: Mapping[int, LayerFit] | None = None,
 ) -> list[LayerFit]:
     """Fits every mixer of `student` in place, from the first layer to the last.
 
     Args:
         windows: token batches [B, L], all of one shape; the last 15 % only judge.
+        progress: called when a layer is fitted.
+        fitted: layers whose mixer is fitted already; the others come out as if all were fitted now, bit for bit.
 
     Returns:
         One LayerFit per converted layer.
@@ -86,9 +89,11 @@ def calibrate(
     fits = []
     for index in range(max(mixers) + 1 if mixers else 0):
         if index in mixers:
-            fit = _Layer(teacher, student, spec, index, kwargs[index], options).fit(taught, own, judge)
-            fits.append(fit)
-            progress(fit)
+            layer = _Layer(teacher, student, spec, index, kwargs[index], options)
+            known = (fitted or {}).get(index)
+            fits.append(layer.fit(taught, own, judge, known))
+            if known is None:
+                progress(fits[-1])
         else:
             for b, hidden in enumerate(taught):
                 same = own[b] is hidden
@@ -115,15 +120,16 @@ class _Layer:
         self.mixer: Mixer = student.mixers()[index]
         self.attention_kwargs = {k: v for k, v in kwargs.items() if k not in ("attention_mask", "position_ids")}
 
-    def fit(self, taught: list[Tensor], own: list[Tensor], judge: int) -> LayerFit:
-        """Fits the mixer, then moves both hidden states behind the layer, in place."""
+    def fit(self, taught: list[Tensor], own: list[Tensor], judge: int, known: LayerFit | None = None) -> LayerFit:
+        """Fits the mixer unless its fit is `known`, then moves both hidden states behind the layer, in place."""
         calls, moved = self._teacher_pass(taught)
-        inputs = [self._norm(h) for h in own] if self.options.inputs == "student" else [c.input_BLD for c in calls]
-        fit = self._fit(calls, inputs, [c.output_BLD for c in calls], judge)
+        if known is None:
+            inputs = [self._norm(h) for h in own] if self.options.inputs == "student" else [c.input_BLD for c in calls]
+            known = self._fit(calls, inputs, [c.output_BLD for c in calls], judge)
         for b, hidden in enumerate(own):
             own[b] = run_layer(self.student_layer, hidden, self.kwargs)
             taught[b] = moved[b]
-        return fit
+        return known
 
     def _norm(self, hidden_BLD: Tensor) -> Tensor:
         name = self.spec.mixer_norm(self.teacher.config)

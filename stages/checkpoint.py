@@ -93,10 +93,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
 def checkpoints(stage: Path) -> list[Path]:
     """The stage's whole checkpoints, oldest first."""
     found = [folder for folder in stage.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
-    return sorted((folder for folder in found if _is_whole(folder)), key=lambda folder: int(folder.name.split("-")[1]))
+    return sorted((folder for folder in found if is_whole(folder)), key=lambda folder: int(folder.name.split("-")[1]))
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether every file is there; whether its content is right, load_checkpoint finds out."""
     return (folder / MANIFEST).is_file() and all((folder / name).is_file() for name in _manifest(folder))
 

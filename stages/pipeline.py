@@ -25,7 +25,7 @@ from ssmorph.convert.teachers import load_config, load_teacher
 from .. import __version__
 from ..errors import fail
 from .artifact import copied_student, earlier_students, load_student, save_student
-from .calibrate import run_calibrate
+from .calibrate import drop_fits, run_calibrate
 from .card import model_card
 from .checkpoint import tensor_errors
 from .config import (
@@ -208,6 +208,7 @@ def run_stages(ctx: Context, layers: tuple[int, ...], last: int) -> None:
                     f"Run again with --from {name}.",
                 )
             source, pending = done["artifact"], folder / "student"
+            drop_fits(folder)
             continue
         if pending is not None and ctx.student is None:
             ctx.student = load_student(pending, ctx.teacher, trains_rest)
@@ -217,6 +218,7 @@ def run_stages(ctx: Context, layers: tuple[int, ...], last: int) -> None:
         with atomic_folder(folder / "student") as partial, tensor_errors(folder):
             save_student(partial, ctx.student, rest_trained)
         source = ctx.run.mark_done(name, source, summary)
+        drop_fits(folder)
         pending = folder / "student"
         ctx.stop.check()
     if ctx.student is None and pending is not None:

@@ -1,4 +1,16 @@
-"""The verbs of the command line as functions. Heavy imports happen inside, after what can be checked without them."""
+"""The commands as functions. Heavy imports happen inside, after what can be checked without them.
+
+convert(recipe, *overrides, run_dir=None)     run or resume a recipe
+plan(target, *overrides)                      what a conversion would do and cost
+status(run_dir)                               how far a run is
+evaluate_run(run_dir, suite="full")           measure a finished run again
+report(run_dir)                               the measurements as one HTML file
+generate(folder, prompt)                      text from a converted hybrid
+export(run_dir)                               the hybrid as an architecture that other software has
+pack(out, teacher, *sources)                  what a corpus becomes
+store_logits(recipe, *overrides)              the teacher's logits, stored before training
+doctor()                                      what works on this machine
+"""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ssmorph.convert import calibrate
 from ssmorph.stages import calibrate as calibrate_stage
 from ssmorph.stages import checkpoint, loop, pipeline, rundir
 
@@ -29,6 +30,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "training step": (loop, "set_rate"),
     "metrics line": (rundir.RunDir, "log_metrics"),
     "calibration": (calibrate_stage, "calibrate"),
+    "fitted layer": (calibrate_stage, "save_checkpoint"),
+    "dropping fitted layers": (calibrate_stage, "remove_folder"),
     "artifact": (pipeline, "save_student"),
     "final": (pipeline, "model_card"),
 }
@@ -95,12 +98,31 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 @pytest.mark.parametrize("stage", [2, 3, 4])
 def test_a_kill_inside_each_checkpoint_of_a_stage(tmp_path: Path, reference: Path, stage: int) -> None:
     run = tmp_path / "run"
-    # three checkpoints a stage, each of two tensor files: the second file of the stage's second checkpoint
-    assert killed(run, "tensors of a checkpoint", (stage - 2) * 6 + 4) == -signal.SIGKILL
+    # three checkpoints a stage, and two fitted layers before, each of two tensor files: the second file of the stage's
+    # second checkpoint
+    assert killed(run, "tensors of a checkpoint", 4 + (stage - 2) * 6 + 4) == -signal.SIGKILL
     folder = next(run.glob(f"{stage}-*"))
     assert [p.name for p in sorted(folder.glob("checkpoint-*"))] == ["checkpoint-000002"]
     assert list(folder.glob(".partial-*"))
     run_tiny(run)
+    assert_equal(run, reference)
+
+
+def test_a_fitted_layer_is_not_fitted_again(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, lines = tmp_path / "run", []
+    assert killed(run, "fitted layer", 2) == -signal.SIGKILL
+    assert [p.name for p in (run / "1-calibrate").glob("layer-*")] == ["layer-1"]
+    fits: list[int] = []
+    original = calibrate._Layer._fit
+
+    def counted(self: Any, *args: Any) -> Any:
+        fits.append(self.index)
+        return original(self, *args)
+
+    monkeypatch.setattr(calibrate._Layer, "_fit", counted)
+    run_tiny(run, say=lines.append)
+    assert fits == [3]
+    assert "calibrate: 1 of 2 layers are fitted already" in lines
     assert_equal(run, reference)
 
 

@@ -77,6 +77,7 @@ def assert_equal(run: Path, reference: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert [name for name in theirs if ours[name] != theirs[name]] == []
     assert list(run.rglob(".partial-*")) == []
+    assert list(run.glob("*/layer-*")) == []
 
 
 @contextlib.contextmanager
