@@ -239,9 +239,10 @@ class EvaluateConfig:
     trained_controls: bool = False
 
 
-def default_stages() -> tuple[Stage, ...]:
-    """The usual order: copy, calibrate, align the matrices, align the outputs, distil end to end."""
-    return (SurgeryStage(), CalibrateStage(), MixingStage(), HiddenStage(), LogitsStage())
+def default_stages(mixer: str = "mamba2") -> tuple[Stage, ...]:
+    """The usual order: copy, calibrate, align the matrices where the mixer has one, align the outputs, distil."""
+    matrices = () if mixer in WINDOWED else (MixingStage(),)
+    return (SurgeryStage(), CalibrateStage(), *matrices, HiddenStage(), LogitsStage())
 
 
 @dataclass(frozen=True, kw_only=True)

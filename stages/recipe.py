@@ -62,9 +62,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), **top: Any) -> 
     for key, value in top.items():
         if value is not None:
             tree[key] = value
+    return _changed(tree, overrides)
+
+
+def recipe_of_model(source: str, layers: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The recipe that says nothing but its teacher and which layers to convert.
+
+    Raises:
+        ValueError: an override that is no recipe's.
+    """
+    return _changed({"teacher": {"source": source}, "student": {"layers": layers}, "run_dir": "runs/plan"}, overrides)
+
+
+def _changed(tree: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     tree = _plain(tree)  # nothing shared: an override must not reach what a YAML alias repeats elsewhere
     for override in overrides:
         _override(tree, override)
+    tree.setdefault("stages", _usual_stages(tree))
     budget = tree.pop("budget", None)
     config = build(tree)
     return config if budget is None else spread(config, _scalar(budget, int, "budget"))
@@ -137,8 +151,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
     if not separator or not all([*parents, last]):
         raise fail("override", "an override is written path=value", repr(text), "For example seed=1.")
     parsed = _parse(value, f"override {path.strip()}")
-    if parents[:1] == ["stages"] and "stages" not in tree:
-        tree["stages"] = [_plain(as_dict(stage)) for stage in default_stages()]
+    if parents[:1] == ["stages"]:
+        tree.setdefault("stages", _usual_stages(tree))
     here: Any = tree
     for depth, key in enumerate(parents):
         here = _child(here, key, ".".join(parents[: depth + 1]))
@@ -148,6 +162,12 @@ def _override(tree: dict[str, Any], text: str) -> None:
         here[last] = parsed
     else:
         raise fail(path, "has nothing below it", last, f"Set {'.'.join(parents)} itself.")
+
+
+def _usual_stages(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    student = tree.get("student")
+    mixer = student.get("mixer") if isinstance(student, dict) else None
+    return [_plain(as_dict(stage)) for stage in default_stages(str(mixer))]
 
 
 def _child(here: Any, key: str, path: str) -> Any:

@@ -55,17 +55,18 @@ def plan(target: str, *overrides: str, measure: bool = False) -> dict[str, Any]:
     """What converting a model or recipe would do: layers, parameters, bytes, crossover, cost. Reads no weights.
 
     Args:
-        target: a recipe file, or a model as `teacher.source` takes it.
+        target: a recipe file, or a model as `teacher.source` takes it, of which half the layers are converted.
+        overrides: changes such as `student.layers=all`.
         measure: read the weights after all, and measure on held-out text what each approximation and drop costs.
     """
-    from .stages.config import RunConfig, TeacherConfig
-    from .stages.recipe import load_recipe
+    from .stages.recipe import load_recipe, recipe_of_model
 
     if target.endswith((".yaml", ".yml")):
         config = load_recipe(target, overrides)
     else:
-        config = RunConfig(teacher=TeacherConfig(source=target), run_dir="runs/plan")
-        config = _uniform_half(config)
+        from .convert.teachers import load_config
+
+        config = recipe_of_model(target, f"uniform-{load_config(target).num_hidden_layers // 2}", overrides)
     from .stages.planning import plan_of
 
     found = plan_of(config)
@@ -74,16 +75,6 @@ def plan(target: str, *overrides: str, measure: bool = False) -> dict[str, Any]:
     from .stages.plan_measure import measured
 
     return measured(config, found)
-
-
-def _uniform_half(config: Any) -> Any:
-    import dataclasses
-
-    from .convert.teachers import load_config
-
-    total = load_config(config.teacher.source).num_hidden_layers
-    student = dataclasses.replace(config.student, layers=f"uniform-{total // 2}")
-    return dataclasses.replace(config, student=student)
 
 
 def status(run_dir: str | Path) -> dict[str, Any]:

@@ -121,9 +121,12 @@ def test_plan_counts_layers_and_bytes(target: str, capsys: pytest.CaptureFixture
     assert "What becomes of the teacher" in shown
 
 
-def test_plan_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["plan", TINY, "student.layers=all", "--json"]) == 0
+@pytest.mark.parametrize("target", [TINY, "tiny-random-llama"])
+def test_plan_takes_overrides(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", target, "student.layers=all", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["converted"] == [0, 1, 2, 3]
+    assert cli.run(["plan", target, "student.layer=all"]) == 2
+    assert "student.layer: unknown key" in capsys.readouterr().err
 
 
 def test_status_of_a_finished_and_of_a_partial_run(

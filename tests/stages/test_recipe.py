@@ -94,6 +94,19 @@ def test_default_stages_can_be_overridden(tmp_path: Path) -> None:
     assert stage.tokens == 512
 
 
+def test_a_window_has_no_mixing_stage_unless_it_is_asked_for(tmp_path: Path) -> None:
+    def kinds(*overrides: str) -> list[str]:
+        return [stage.kind for stage in load(tmp_path, HEAD, *overrides).stages]
+
+    assert kinds() == ["surgery", "calibrate", "mixing", "hidden", "logits"]
+    windowed = "student.mixer=windowed_mamba2"
+    assert (
+        kinds(windowed) == kinds(windowed, "stages.hidden.tokens=512") == ["surgery", "calibrate", "hidden", "logits"]
+    )
+    with pytest.raises(UserError, match="has no mixing matrix"):
+        kinds(windowed, "stages=[{kind: surgery}, {kind: mixing}]")
+
+
 def test_overrides_are_typed_as_yaml(tmp_path: Path) -> None:
     config = load(
         tmp_path, HEAD, "student.layers=[1,3]", "threads=", "evaluate.controls=false", "data.heldout_percent=5"

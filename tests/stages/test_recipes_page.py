@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from ssmorph.convert.plan import SCORED, UNSCORED, resolve_layers
-from ssmorph.stages.config import PlacementConfig, StudentConfig, as_dict
+from ssmorph.stages.config import (
+    STAGES,
+    DataConfig,
+    EvaluateConfig,
+    LogitsStage,
+    OptimConfig,
+    PlacementConfig,
+    RunConfig,
+    StageTeacher,
+    StudentConfig,
+    TeacherConfig,
+)
 from ssmorph.stages.recipe import build, load_recipe
 from tests.stages.test_shipped_recipes import CONFIGS, MODELS, RECIPES, model_of
 
@@ -47,7 +60,8 @@ def test_every_key_that_the_page_explains_is_one_of_a_recipe() -> None:
     assert len(blocks) >= 2
     assert len(shown) >= 5
     for stage in stages:
-        build({"teacher": {"source": "m"}, "run_dir": "r", "stages": [{"kind": "surgery"}, stage]})
+        chain = [stage] if stage["kind"] == "surgery" else [{"kind": "surgery"}, stage]
+        build({"teacher": {"source": "m"}, "run_dir": "r", "stages": chain})
 
 
 def test_numbers_are_where_a_row_says() -> None:
@@ -61,17 +75,40 @@ def test_numbers_are_where_a_row_says() -> None:
     assert len({place for place in places.values() if "](" in place}) >= 2
 
 
-@pytest.mark.parametrize(("section", "config"), [("placement", PlacementConfig()), ("student", StudentConfig())])
-def test_the_keys_of_a_section_and_their_defaults_are_listed(section: str, config: object) -> None:
+SECTIONS = {
+    "student": StudentConfig, "placement": PlacementConfig, "teacher": TeacherConfig, "data": DataConfig,
+    "optim": OptimConfig, "logits": LogitsStage, "evaluate": EvaluateConfig, "recipe": RunConfig,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_keys_of_a_section_and_their_defaults_are_listed(section: str) -> None:
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     start = lines.index(f"| `{section}.` | default | is |") + 2
     table = [line.split(" | ")[:2] for line in itertools.takewhile(lambda text: text.startswith("| "), lines[start:])]
-    listed = {}
+    listed: dict[str, str] = {}
     for names, values in table:
-        listed |= dict(zip(re.findall(r"`(\w+)`", names), values.split(", "), strict=True))
-    defaults = {name: "none" if value in (None, []) else value for name, value in as_dict(config).items()}
-    assert listed.keys() == defaults.keys()
-    assert all(str(value) == listed[name] or float(listed[name]) == value for name, value in defaults.items())
+        keys, shown = re.findall(r"`(\w+)`", names), values.split(", ")
+        listed |= dict(zip(keys, shown if values != "see above" else [values] * len(keys), strict=True))
+    assert listed == {f.name: default_of(f) for f in dataclasses.fields(SECTIONS[section]) if not fixed(f)}
+
+
+def fixed(field: dataclasses.Field[Any]) -> bool:
+    """Whether it only says which stage this is."""
+    return field.name == "kind" and field.default in STAGES
+
+
+def default_of(field: dataclasses.Field[Any]) -> str:
+    """A key's default as the page writes it."""
+    if field.name in ("optim", "student", "placement", "data", "stages", "evaluate") or field.type == "TeacherConfig":
+        return "see above"
+    if field.default is dataclasses.MISSING:
+        return "required"
+    value = field.default
+    if isinstance(value, tuple):
+        shown = [v.source if isinstance(v, StageTeacher) else v for v in value]
+        return f"[{'; '.join(map(str, shown))}]" if shown else "none"
+    return "none" if value is None else str(value)
 
 
 def test_every_strategy_is_listed() -> None:
