@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import __doc__ as summary
-from . import verbs
+from . import __version__, verbs
 from .errors import UserError
 
 
@@ -227,6 +227,9 @@ def run(arguments: Sequence[str]) -> int:
         app.command(name=name)(function)
     # `ssmorph data pack` reads better than a hyphen
     words = list(arguments)
+    if words == ["--version"]:
+        print(f"ssmorph {__version__}")
+        return 0
     if words[:2] in (["data", "pack"], ["data", "logits"]):
         words[:2] = ["-".join(words[:2])]
     try:

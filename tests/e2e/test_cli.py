@@ -203,5 +203,7 @@ def test_every_recipe_of_the_packaged_teacher_can_be_planned(recipe: Path, capsy
     assert {"softmax", "RoPE"} <= lost or lost in ({"attention"}, {"attention behind the window"})
 
 
-def test_the_version_is_one() -> None:
+def test_the_version_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert ssmorph.__version__.count(".") == 2
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"ssmorph {ssmorph.__version__}\n"
