@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer, StaticLayer
 
+from ssmorph.kernels.window_step import Held
+
 from ..errors import fail
 from .keys import Keys
-from .window import Held
 
 
 class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ssmorph.kernels.conv.chunked import conv_chunked, step_chunked
 from ssmorph.kernels.norm.chunked import norm_chunked
 from ssmorph.kernels.ssd.plain import chunked, step
+from ssmorph.kernels.window_step.plain import Far, Held, window_step_chunked
 
 
 def ssd(
@@ -67,6 +68,21 @@ def causal_conv_step(
 def gated_group_norm(y_BLE: Tensor, gate_BLE: Tensor, weight_E: Tensor, *, groups: int, eps: float) -> Tensor:
     """weight * RMSNorm_group(y * silu(gate))."""
     return norm_chunked(y_BLE, gate_BLE, weight_E, groups, eps)
+
+
+def window_step(
+    held: Held,
+    q_BHP: Tensor,
+    k_BGP: Tensor,
+    v_BGP: Tensor,
+    *,
+    valid_B: Tensor | None = None,
+    scale: float,
+    softcap: float | None = None,
+    far: Far | None = None,
+) -> tuple[Tensor, Held, Tensor | None]:
+    """One token beside a window and a state."""
+    return window_step_chunked(held, q_BHP, k_BGP, v_BGP, valid_B, scale, softcap, far)
 
 
 def write_bundle(folder: Path) -> dict[str, str]:

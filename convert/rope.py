@@ -15,27 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# cos and sin of every position, [1 or B, L, R], as transformers hands them to a layer
-Tables = tuple[Tensor, Tensor]
+from ssmorph.kernels.common.rope import Tables, turned
 
 
 def tables_in(kwargs: dict[str, Any]) -> Tables | None:
     """RoPE's tables among the arguments of an attention."""
     return kwargs.get("position_embeddings")
-
-
-def turned(x_BHLP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Channels turned by the angle of these cos and sin, [..., L, R]; those behind the first R stay."""
-    part, rest = x_BHLP[..., : cos.shape[-1]], x_BHLP[..., cos.shape[-1] :]
-    low, high = part.chunk(2, dim=-1)
-    return torch.cat([part * cos + torch.cat([-high, low], dim=-1) * sin, rest], dim=-1)
-
-
-def turned_back(x_BHLP: Tensor, tables: Tables) -> Tensor:
-    """Against the angle of each position; float32. Tables that also scale (YaRN) leave the length as it is."""
-    cos, sin = (t.float().unsqueeze(1) for t in tables)
-    size = torch.hypot(cos, sin).clamp_min(1e-12)
-    return turned(x_BHLP.float(), cos / size, -sin / size)
 
 
 def averaged_back(x_BHLP: Tensor, tables: Tables, distances: Tensor) -> Tensor:

@@ -20,17 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Held(NamedTuple):
-    """What stays between calls: the window's keys and values, the sinks that left it, and tokens seen per row."""
-
-    k_BGRP: Tensor
-    v_BGRP: Tensor
-    valid_BR: Tensor
-    sink_k_BGSP: Tensor
-    sink_v_BGSP: Tensor
-    filled_BS: Tensor
-    seen_B: Tensor
+from ssmorph.kernels.window_step import Held
 
 
 class Scores(NamedTuple):

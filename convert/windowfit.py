@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmorph.kernels.common.rope import Tables
+
 from .mixers import WindowedMixer
-from .rope import Tables, averaged_back, tables_in
+from .rope import averaged_back, tables_in
 from .start import inverse_softplus
 from .window import Window, empty
 

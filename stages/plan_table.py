@@ -93,4 +93,4 @@ def _print_estimate(console: Console, estimate: dict[str, Any]) -> None:
         )
     else:
         console.print(f"About {estimate['minutes']} min on the CPU here ({estimate['matmul_gflops']} GFLOP/s).")
-    console.print(f"{estimate['memory_gib']} GiB in float32.")
+    console.print(f"Memory at its peak: about {estimate['memory_gib']} GiB, all in float32.")

@@ -147,8 +147,10 @@ def _unit_offset(spec: FamilySpec, attention: nn.Module) -> bool:
 def _check_layer(model: Any, spec: FamilySpec, layer: int, call: MixerCall) -> tuple[float, bool]:
     """A V O must be the layer's own output, and q and k as long as the spec makes them; the share that RoPE turns, and
     whether it turns halves of it against each other by the tables the layer gets."""
+    from ssmorph.kernels.common.rope import turned
+
     from ..capture import attention_heads
-    from ..rope import tables_in, turned
+    from ..rope import tables_in
     from ..surgery import expand_kv
 
     attention, shape = spec.attention(model, layer), spec.shape(model.config)

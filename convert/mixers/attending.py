@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from ssmorph.kernels.common.rope import Tables
+
 from ..cache import MixerCacheLayer, cache_layer, padding_mask, segments
 from ..keys import Keys, attended_keys, pick
-from ..rope import Tables, tables_in
+from ..rope import tables_in
 from ..window import Scores
 from .base import Mixer, MixerShape
 

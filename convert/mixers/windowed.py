@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmorph.kernels.common.rope import Tables, turned_back
 from ssmorph.kernels.ssd import ssd
+from ssmorph.kernels.window_step import Far, Held, window_step
 
 from ..cache import WindowCacheLayer
 from ..keys import Keys, pick
-from ..rope import Tables, turned_back
 from ..window import Scores, Window, empty
-from ..window_step import Heard, Step
 from .attending import Attend, AttendingMixer, AttentionCall
 from .base import MixerShape
 
@@ -91,10 +91,8 @@ class WindowedMixer(AttendingMixer):
                 held, state, kept = cache.held, cache.recurrent_states[0], cache.kept
             if self.window_heads:
                 q, k, v, own_scores = self.with_window(q_BHLP, k_BGLP, v_BGLP, scores)
-                if held is not None and Step.answers(q, own_scores):
-                    step = Step.of(held, k, v, valid_BL)
-                    answer_BHLP, state = self._one_step(q, step, own_scores, state, tables)
-                    held = step.held(self.shape.sinks)
+                if held is not None and is_a_step(q, own_scores):
+                    answer_BHLP, held, state = self._one_step((q, k, v), held, valid_BL, own_scores, state, tables)
                 else:
                     held = held or empty(k, self.shape.window - self.shape.sinks, self.shape.sinks)
                     window = Window(held, k, v, valid_BL, segment_BL)
@@ -147,24 +145,27 @@ class WindowedMixer(AttendingMixer):
         return values_BHLP / mass_BHL.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1), final
 
     def _one_step(
-        self, q_BH1P: Tensor, step: Step, scores: Scores, state_BGQN: Tensor | None, tables: Tables | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """What `_near_and_far` answers, for one token of the text that is held."""
-        heard, own = None, self.state
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        held: Held,
+        valid_B1: Tensor | None,
+        scores: Scores,
+        state_BGQN: Tensor | None,
+        tables: Tables | None,
+    ) -> tuple[Tensor, Held, Tensor | None]:
+        """What `_near_and_far` answers, what is held and the state, for one token of the text that is held."""
+        far, own = None, self.state
         if own is not None:
             assert state_BGQN is not None
-            # turned at once: the token that leaves is as far away as the present position says
-            both = self.placeless(torch.cat([q_BH1P, step.left_k_BGP.unsqueeze(2)], dim=1), tables).squeeze(2)
-            q_BHP, k_BGP = both.split([q_BH1P.shape[1], step.left_k_BGP.shape[1]], dim=1)
-            logits_BHN = scores.capped(_mapped(q_BHP, own.query_map, own.query_bias))
-            B_BGN = _mapped(k_BGP, own.key_map, own.key_bias).softmax(-1)
-            dt_BG = F.softplus((k_BGP * own.dt_map.float()).sum(-1) + own.dt_bias.float())
-            dt_BG = dt_BG * step.enters_B.unsqueeze(-1)
-            decay_BG = torch.exp(-dt_BG * own.A_log.float().exp())
-            x_BGQ = dt_BG.unsqueeze(-1) * F.pad(step.left_v_BGP.float(), (0, 1), value=1.0)
-            state_BGQN = torch.addcmul(decay_BG[..., None, None] * state_BGQN, x_BGQ.unsqueeze(-1), B_BGN.unsqueeze(-2))
-            heard = Heard(logits_BHN, state_BGQN, own.gate.float().clamp_min(0), HEADROOM)
-        return step.attended(q_BH1P.squeeze(2), scores, heard).unsqueeze(2), state_BGQN
+            assert tables is not None or not self.shape.turned
+            far = Far(state_BGQN, own.key_map, own.key_bias, own.query_map, own.query_bias, own.dt_map, own.dt_bias,
+                      own.A_log, own.gate, HEADROOM, tables if self.shape.turned else None)  # fmt: skip
+        q_BHP, k_BGP, v_BGP = (t.squeeze(2) for t in qkv)
+        valid_B = None if valid_B1 is None else valid_B1.squeeze(1)
+        answer_BHP, held, state_BGQN = window_step(
+            held, q_BHP, k_BGP, v_BGP, valid_B=valid_B, scale=scores.scale, softcap=scores.softcap, far=far
+        )
+        return answer_BHP.unsqueeze(2), held, state_BGQN
 
     def placeless(self, x_BHLP: Tensor, tables: Tables | None) -> Tensor:
         """Queries, or keys that leave the window with them, as the state sees them: without their position; float32."""
@@ -227,9 +228,9 @@ class WindowedMixer(AttendingMixer):
         return torch.exp(top_BHL - over_BHL), y_BLHQ.transpose(1, 2), final_BGQN.contiguous()
 
 
-def _mapped(x_BKP: Tensor, map_KNP: Tensor, bias_KN: Tensor) -> Tensor:
-    """Each head's own linear map, [B, K, N], float32."""
-    return torch.baddbmm(bias_KN.float().unsqueeze(1), x_BKP.transpose(0, 1), map_KNP.float().mT).transpose(0, 1)
+def is_a_step(q_BHLP: Tensor, scores: Scores) -> bool:
+    """Whether a call is of one token; an attention with a reach of its own or learned sinks takes the general path."""
+    return q_BHLP.shape[2] == 1 and scores.reach is None and scores.logit_H is None
 
 
 class WindowMixer(WindowedMixer):

@@ -16,10 +16,10 @@ from ssmorph.convert.families import family_of
 from ssmorph.convert.mixers import MIXERS, WindowedMixer, has_window, keeps_attention
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.plan import cache_bytes
-from ssmorph.convert.rope import turned, turned_back
 from ssmorph.convert.surgery import MixerChoice, start_mixer
 from ssmorph.convert.windowfit import attended, prototypes
 from ssmorph.errors import UserError
+from ssmorph.kernels.common.rope import turned, turned_back
 from ssmorph.stages.controls import windowed
 from ssmorph.stages.decode import filled_cache
 from ssmorph.stages.planning import plan_of
