@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -33,10 +34,14 @@ ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+# of which a file's fingerprint is made
+BLOCKS, BLOCK = 256, 4096
+
+
 def cache_folder() -> Path:
     """Where dequantised teachers are kept."""
-    base = os.environ.get("SSMORPH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssmorph"
-    return Path(base)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("SSMORPH_CACHE") or Path(base) / "ssmorph")
 
 
 def resolve(source: str, revision: str | None = None) -> str:
@@ -97,9 +102,7 @@ def _package_gguf(alias: str) -> Path:
 
 def _dequantised(gguf: Path) -> Path:
     """The safetensors copy of a GGUF file, made on first use."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.name}:{stat.st_size}:{_head_hash(gguf)}".encode()).hexdigest()[:16]
-    target = cache_folder() / f"{gguf.stem}-{key}"
+    target = cache_folder() / f"{gguf.stem}-{fingerprint(gguf)[:16]}"
     if target.is_dir():
         return target
     for name in ("gguf", "accelerate"):
@@ -162,9 +165,25 @@ def _unwritable(target: Path, error: Exception) -> UserError:
     return fail("SSMORPH_CACHE", "the cache must be writable and have room", f"{target.parent}: {error}", do)
 
 
-def _head_hash(path: Path) -> str:
+def fingerprint(path: Path) -> str:
+    """A hash of a file's size, its beginning and blocks all over it: quick for weights of any size, which differ
+    everywhere if they were trained further."""
+    size, found = path.stat().st_size, hashlib.sha256()
+    found.update(f"{size}\n".encode())
     with path.open("rb") as file:
-        return hashlib.sha256(file.read(1 << 20)).hexdigest()
+        found.update(file.read(1 << 20))
+        for number in range(1, BLOCKS + 1):
+            file.seek(max(0, size * number // BLOCKS - BLOCK))
+            found.update(file.read(BLOCK))
+    return found.hexdigest()
+
+
+def _is_hybrid(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "ssmorph")
+    except (OSError, ValueError, AttributeError):
+        # a hub id, or a file that transformers will complain of
+        return False
 
 
 def load_config(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -172,6 +191,8 @@ def load_config(source: str, revision: str | None = None, trust_remote_code: boo
     from transformers import AutoConfig
 
     folder = resolve(source)
+    if _is_hybrid(Path(folder)):
+        raise fail("teacher.source", "must be a transformer", f"{source}, a hybrid already", "Convert its teacher.")
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -238,6 +238,9 @@ class EvaluateConfig:
     controls: bool = True
     trained_controls: bool = False
 
+    def __post_init__(self) -> None:
+        require(self.tokens > 0, "evaluate.tokens", "must be positive", self.tokens, "Use 6144.")
+
 
 def default_stages(mixer: str = "mamba2") -> tuple[Stage, ...]:
     """The usual order: copy, calibrate, align the matrices where the mixer has one, align the outputs, distil."""
@@ -282,6 +285,8 @@ class RunConfig:
                  "frobenius needs a mixer without a norm", self.student.mixer, "Use cosine.")  # fmt: skip
         self._check_placement()
         require(self.seed >= 0, "seed", "must not be negative", self.seed, "Use 0.")
+        require(self.seed < 2**63, "seed", "must be below 2^63", self.seed, "Use 0.")
+        require(self.run_dir != "", "run_dir", "must name a folder", "nothing", "Use runs/NAME, or '.' for this one.")
         require(self.threads is None or self.threads > 0, "threads", "must be positive", self.threads, "Leave it out.")
         require(self.run_format == RUN_FORMAT, "run_format", f"this version writes and reads format {RUN_FORMAT}",
                  self.run_format, "Convert with the version that made the run.")  # fmt: skip

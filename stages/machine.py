@@ -7,11 +7,15 @@ same products in full float32; where it would round, since it has units for bflo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
+
+from ..errors import fail
 
 # seconds of measurement for each candidate
 BUDGET = 0.6
@@ -28,6 +32,28 @@ def choose_threads() -> int:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     candidates = [1 << i for i in range(count.bit_length()) if 1 << i <= count]
     return min(candidates, key=seconds) if len(candidates) > 1 else 1
+
+
+@contextlib.contextmanager
+def as_before() -> Iterator[None]:
+    """Puts back what a run changes in the whole process when it ends: threads, the library of products, the seed."""
+    threads, products, seed = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(products)
+        torch.set_rng_state(seed)
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError where torch has no such device, before anything is loaded."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0]
+        do = "Use device=cpu, or a build of torch for your card."
+        raise fail("device", "must be one that torch has here", f"{device} ({first})", do) from error
 
 
 def choose_products() -> Products:

@@ -25,8 +25,11 @@ def staged_student(
     assert not isinstance(student.layers, str)
     folder = ctx.run.path / place
     config = dataclasses.replace(plain_config(ctx.config, stages), run_dir=str(folder), student=student)
-    if (folder / "config.yaml").is_file() and load_saved(folder) != config:
-        remove_folder(folder)
+    if (folder / "config.yaml").is_file():
+        # the run may have been moved, or its folder be written otherwise
+        saved = dataclasses.replace(load_saved(folder), run_dir=config.run_dir)
+        if saved != config:
+            remove_folder(folder)
     ctx.run.stage_dir(place.partition("/")[0])
 
     def say(text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from .calibrate import drop_fits, run_calibrate
 from .card import model_card
 from .checkpoint import tensor_errors
 from .config import (
+    STAGES,
     CalibrateStage,
     HiddenStage,
     LogitsStage,
@@ -45,9 +47,10 @@ from .data import open_or_pack
 from .evaluate import evaluate
 from .health import inspect_final
 from .hidden import run_hidden
+from .identity import check_teacher
 from .kept_heads import heads_before_probe, kept_heads
 from .logits import run_logits
-from .machine import choose_products, choose_threads, set_products
+from .machine import as_before, check_device, choose_products, choose_threads, set_products
 from .mixing import run_mixing
 from .offline import check_stamps, check_stored
 from .placement import control_students, converted_before_scores, described, placed_layers
@@ -76,12 +79,14 @@ def convert(
     last = _stage_named(names, until) if until else len(names) - 1
     first = _stage_named(names, start) if start else len(names)
     t = config.teacher
+    check_device(config.device)
     teacher_config = load_config(t.source, t.revision, t.trust_remote_code)
     # a mistake in student.layers or student.heads shows before anything is written
     spec = family_of(teacher_config)
     heads_before_probe(config, converted_before_scores(config, spec, teacher_config), spec.shape(teacher_config))
-    with RunDir(config.run_dir) as run, stop_signals() as stop:
+    with RunDir(config.run_dir) as run, stop_signals() as stop, as_before():
         _agree(run, config, first)
+        check_teacher(run, t, teacher_config, anew=first == 0)
         if start:
             _forget(run, first)
         atomic_write(run.path / "config.yaml", dump(config))
@@ -134,10 +139,12 @@ def _forget(run: RunDir, first: int) -> None:
     """Removes what came of the stages from `first` on, last first, so that a kill leaves a run that is only shorter."""
     if (run.path / "final").is_dir():
         remove_folder(run.path / "final")
-    for pattern in ("report*.json", "lm-eval-*.json", "report.html"):
+    for pattern in ("report.json", "report-short.json", "report-full.json", "lm-eval-*.json", "report.html"):
         for file in run.path.glob(pattern):
             file.unlink()
-    numbered = {int(p.name.split("-")[0]): p for p in run.path.glob("[0-9]*-*") if p.is_dir()}
+    # nothing but stages: a run may have been started in a folder that holds more
+    stages = re.compile(rf"(\d+)-({'|'.join(STAGES)})")
+    numbered = {int(m[1]): p for p in run.path.iterdir() if (m := stages.fullmatch(p.name)) and p.is_dir()}
     for number in sorted((n for n in numbered if n >= first), reverse=True):
         remove_folder(numbered[number])
         run.truncate_metrics(numbered[number].name, 0)

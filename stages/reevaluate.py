@@ -19,7 +19,7 @@ from .context import Context, StopFlag
 from .data import PackedData, open_or_pack
 from .evaluate import evaluate
 from .health import inspect_final
-from .machine import set_products
+from .machine import as_before, set_products
 from .pipeline import further_controls
 from .recipe import load_saved
 from .rundir import RunDir
@@ -48,7 +48,7 @@ def check_finished(folder: Path) -> None:
 def opened(folder: Path, say: Callable[[str], None]) -> Iterator[Finished]:
     """Holds a finished run and loads what it was made from; computes as its run did."""
     check_finished(folder)
-    with RunDir(folder) as run:
+    with RunDir(folder) as run, as_before():
         config = load_saved(folder)
         environment = run.read_json("env.json")
         torch.set_num_threads(environment["threads"])

@@ -11,7 +11,7 @@ import torch
 from ..errors import fail
 from .config import LogitsStage, RunConfig
 from .context import stop_signals
-from .machine import choose_products, choose_threads, set_products
+from .machine import as_before, check_device, choose_products, choose_threads, set_products
 from .offline import write_stage
 from .pipeline import prepare
 from .rundir import RunDir
@@ -33,7 +33,8 @@ def store_logits(config: RunConfig, say: Callable[[str], None] = print) -> list[
         do = "Add offline: FOLDER to a logits stage."
         raise fail("stages", "one with offline is needed to store logits for", config.stage_names(), do)
     check_targets(config, list(chosen))
-    with RunDir(config.run_dir) as run, stop_signals() as stop:
+    check_device(config.device)
+    with RunDir(config.run_dir) as run, stop_signals() as stop, as_before():
         torch.set_num_threads(config.threads or choose_threads())
         if config.device == "cpu":
             set_products(choose_products())

@@ -51,6 +51,7 @@ class StudentConfig:
                 "Use 'uniform-15'.",
             )
         else:
+            require(len(self.layers) > 0, "student.layers", "needs a layer to convert", [], "Use 'uniform-15'.")
             unique = len(set(self.layers)) == len(self.layers) and min(self.layers, default=0) >= 0
             require(
                 unique,

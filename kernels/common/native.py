@@ -71,8 +71,8 @@ def loaded(source: str, dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _folder() -> Path:
-    base = os.environ.get("SSMORPH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssmorph"
-    return Path(base) / "native"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("SSMORPH_CACHE") or Path(base) / "ssmorph") / "native"
 
 
 def _compile(command: list[str], target: Path) -> None:

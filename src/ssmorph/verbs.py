@@ -126,6 +126,8 @@ def evaluate_run(
     if suite in OWN_SUITES:
         if (limit, batch) != (None, 1):
             raise fail("eval", "--limit and --batch are for lm-eval tasks", f"suite {suite}", "Use --tokens.")
+        if tokens is not None and tokens < 1:
+            raise fail("eval", "--tokens must be 1 or more", tokens, "Leave it out for the recipe's number.")
         from .stages.reevaluate import reevaluate
 
         return reevaluate(Path(run_dir), suite, tokens, say)
@@ -164,6 +166,9 @@ def generate(
         folder: a run directory, its final/, or a hub id.
         chat: put the prompt through the tokenizer's chat template.
     """
+    if max_new_tokens < 1 or temperature < 0 or not prompt:
+        got = f"{max_new_tokens} tokens, temperature {temperature}, prompt {prompt!r}"
+        raise fail("generate", "needs a prompt, 1 token or more, and a temperature of 0 or more", got, "Change them.")
     path = Path(folder) / "final" if (Path(folder) / "final").is_dir() else folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -177,6 +182,8 @@ def generate(
         raise fail(
             "generate", "must be a folder or hub id with a model", f"{folder}: {first}", "Point to a run's final/."
         ) from error
+    if chat and not tokenizer.chat_template:
+        raise fail("generate", "--chat needs a model with a chat template", str(folder), "Leave --chat out.")
     if chat:
         messages = [{"role": "user", "content": prompt}]
         prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))

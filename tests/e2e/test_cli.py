@@ -155,6 +155,22 @@ def test_generate_continues_a_prompt_from_run_and_from_final(run: Path, capsys: 
     assert len(texts[0].strip()) > 0
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([""], "needs a prompt"),
+        (["def", "--max-new-tokens", "0"], "0 tokens"),
+        (["def", "--temperature", "-1"], "temperature -1"),
+        (["def", "--chat"], "--chat needs a model with a chat template"),
+    ],
+)
+def test_generate_names_what_it_cannot_do(
+    run: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["generate", str(run), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_data_pack_says_what_it_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["data", "pack", str(tmp_path / "packed"), "python-reference", "--teacher", "tiny-random-llama"]
     assert cli.run(words) == 0

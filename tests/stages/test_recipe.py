@@ -158,6 +158,11 @@ REFUSED = [
     ("rule of a section", "stages.logits.optim.lr=-1", ["stages[2].optim.lr: must be positive; got -1.0"]),
     ("rule of a stage", "stages.logits.temperature=0", ["stages[2].temperature: must be positive"]),
     ("rule of a base class", "stages.hidden.tokens=0", ["stages[1].tokens: must be positive"]),
+    ("no layers", "student.layers=[]", ["student.layers: needs a layer to convert"]),
+    ("none of NAME-K", "student.layers=uniform-0", ["student.layers: must be a list of layers, 'all' or NAME-K"]),
+    ("no held-out tokens", "evaluate.tokens=0", ["evaluate.tokens: must be positive; got 0"]),
+    ("a seed that torch cannot hold", f"seed={2**64}", ["seed: must be below 2^63"]),
+    ("no folder", "run_dir=''", ["run_dir: must name a folder"]),
     ("rule of the whole", "stages=[{kind: hidden}]", ["stages: the first stage is surgery"]),
     (
         "calibration of a random start",
