@@ -18,8 +18,9 @@ from ssmorph.kernels import distill, mixing
 
 from .measure import Call, Case, added_memory, fastest_chunks, matmul_peak, paired, print_memory, rounds
 from .scan_cases import COUNT, ours, random, ssd_case, step_case
+from .window_case import window_case
 
-OPS = ("ssd", "step", "mixing", "distill")
+OPS = ("ssd", "step", "window", "mixing", "distill")
 
 
 def cases(device: str, ops: tuple[str, ...]) -> Iterator[Case]:
@@ -33,6 +34,8 @@ def cases(device: str, ops: tuple[str, ...]) -> Iterator[Case]:
                 yield ssd_case(device, dtype, batch, length, heads, grads)
     if "step" in ops:
         yield step_case(device, dtype, 128 if gpu else 1, heads)
+    if "window" in ops:
+        yield window_case(device, dtype, 128 if gpu else 1, heads, heads // (4 if gpu else 3))
     if "mixing" in ops:
         for length in (512, 1024, 2048):
             yield mixing_case(device, dtype, 1, length, heads)
@@ -82,7 +85,7 @@ def report(case: Case, device: str, dtype: torch.dtype, ops: str) -> None:
     first = next(iter(calls))
     print(f"\n{case.name}, {len(times[first])} rounds")
     for name, taken in times.items():
-        memory = "" if case.name == "step" else f"  {added_memory(case.name, name, device, ops):7.0f} MiB"
+        memory = "" if case.name.endswith("step") else f"  {added_memory(case.name, name, device, ops):7.0f} MiB"
         print(f"  {name:34} {min(taken) * 1e3:10.3f} ms  {paired(taken, times[first]):6.2f} x{memory}")
     for name, why in case.absent.items():
         print(f"  {name:34} not run: {why}")

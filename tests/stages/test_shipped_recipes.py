@@ -209,8 +209,8 @@ def test_the_studys_recipes_differ_in_method_alone() -> None:
     configs = [load_recipe(p) for p in STUDY]
     assert len({c.run_dir for c in configs}) == len(configs)
     for c in configs:
-        same = replace(c, run_dir="", stages=configs[0].stages, student=replace(c.student, mixer="mamba2"))
-        assert same == replace(configs[0], run_dir="")
+        same = replace(c, run_dir="r", stages=configs[0].stages, student=replace(c.student, mixer="mamba2"))
+        assert same == replace(configs[0], run_dir="r")
         assert all(stage.batch == 1 for stage in c.stages if isinstance(stage, TrainStage))
 
 
