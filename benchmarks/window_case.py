@@ -1,4 +1,4 @@
-"""One token beside a window and a state, and the attention that it stands for, over all tokens: for benchmarks.kernels."""
+"""One token beside a window and a state, and the attention over all tokens that it replaces, for benchmarks.kernels."""
 
 from __future__ import annotations
 
