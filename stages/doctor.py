@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ssmorph.kernels import conv, distill, mixing, norm, relation, ssd
+from ssmorph.kernels import conv, distill, mixing, norm, relation, ssd, window_step
 from ssmorph.kernels.common.dispatch import Backends
 
 from .machine import choose_products, choose_threads, seconds
@@ -47,7 +47,7 @@ def examine() -> dict[str, Any]:
         },
         "kernels on this device": {
             op.__name__.rsplit(".", 1)[-1]: _backends(op.BACKENDS, device)
-            for op in (ssd, conv, norm, mixing, relation, distill)
+            for op in (ssd, window_step, conv, norm, mixing, relation, distill)
         },
         "threads": {
             "chosen": threads,
