@@ -25,10 +25,10 @@ def window_case(device: str, dtype: torch.dtype, batch: int, heads: int, groups:
         return random(*shape, device=device, dtype=dtype)
 
     q, k, v = normal(batch, heads, WIDTH), normal(batch, groups, WIDTH), normal(batch, groups, WIDTH)
-    full = {"dtype": torch.bool, "device": device}
+    ring, sinks = (torch.ones(batch, n, dtype=torch.bool, device=device) for n in (WINDOW, SINKS))
     held = Held(
-        normal(batch, groups, WINDOW, WIDTH), normal(batch, groups, WINDOW, WIDTH), torch.ones(batch, WINDOW, **full),
-        normal(batch, groups, SINKS, WIDTH), normal(batch, groups, SINKS, WIDTH), torch.ones(batch, SINKS, **full),
+        normal(batch, groups, WINDOW, WIDTH), normal(batch, groups, WINDOW, WIDTH), ring,
+        normal(batch, groups, SINKS, WIDTH), normal(batch, groups, SINKS, WIDTH), sinks,
         torch.full((batch,), 1000, device=device),
     )  # fmt: skip
     angle = torch.rand(1, 1, WIDTH, device=device)
