@@ -19,6 +19,7 @@ from .context import Context, StopFlag
 from .data import PackedData, open_or_pack
 from .evaluate import evaluate
 from .health import inspect_final
+from .identity import check_teacher
 from .machine import as_before, set_products
 from .pipeline import further_controls
 from .recipe import load_saved
@@ -51,11 +52,14 @@ def opened(folder: Path, say: Callable[[str], None]) -> Iterator[Finished]:
     with RunDir(folder) as run, as_before():
         config = load_saved(folder)
         environment = run.read_json("env.json")
+        if environment is None:
+            raise fail(f"{folder}/env.json", "must tell how the run computed", "no such file", "Run convert again.")
         torch.set_num_threads(environment["threads"])
         if config.device == "cpu":
             set_products(environment.get("products", "default"))
         t = config.teacher
         teacher, tokenizer = load_teacher(t.source, t.revision, t.trust_remote_code, config.device)
+        check_teacher(run, t, teacher.config)
         student = load_student(folder / config.stage_names()[-1] / "student", teacher, own_rest=False)
         data = open_or_pack(config.data, tokenizer, folder / "data", say)
         yield Finished(run, config, teacher, student, data, tokenizer)

@@ -92,7 +92,7 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         state = "done" if done.exists() else "started" if (folder / name).is_dir() else "waiting"
         row: dict[str, Any] = {"stage": name, "state": state, "step": newest_step(folder / name)}
         if done.exists():
-            row["summary"] = json.loads(done.read_text())["summary"]
+            row["summary"] = _summary(done)
         stages.append(row)
     return {
         "run": str(folder),
@@ -100,6 +100,14 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         "final": (folder / "final").is_dir(),
         "report": (folder / "report.json").is_file(),
     }
+
+
+def _summary(done: Path) -> Any:
+    try:
+        return json.loads(done.read_text())["summary"]
+    except (ValueError, KeyError, TypeError) as error:
+        do = "Delete the stage's folder to run it again."
+        raise fail(str(done), "must be what a finished stage wrote", error, do) from error
 
 
 def evaluate_run(

@@ -52,7 +52,7 @@ def read_run(folder: Path, suite: str | None = None) -> RunFiles:
         name=folder.resolve().name,
         config=config,
         report=_report(folder, suite),
-        metrics=[json.loads(line) for line in lines],
+        metrics=_metrics(lines, folder / "metrics.jsonl"),
         plan=_json(folder / "plan.json") or {},
         env=_json(folder / "env.json") or {},
         summaries={name: record["summary"] for name, record in done.items() if record},
@@ -60,11 +60,24 @@ def read_run(folder: Path, suite: str | None = None) -> RunFiles:
     )
 
 
+def _metrics(lines: list[str], file: Path) -> list[dict[str, Any]]:
+    """The steps' numbers; a last line that is not whole yet is left out, for the run may be writing it."""
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                got = repr(line[:60])
+                raise fail(f"{file}, line {number}", "must be a line of JSON", got, "Delete that line.") from error
+    return found
+
+
 def _report(folder: Path, suite: str | None) -> dict[str, Any]:
     usual = _json(folder / "report.json")
     if suite is not None:
         report = _json(folder / f"report-{suite}.json")
-        if report is None and usual is not None and usual["stamp"]["evaluate"]["suite"] == suite:
+        if report is None and usual and usual.get("stamp", {}).get("evaluate", {}).get("suite") == suite:
             report = usual
     else:
         full = _json(folder / "report-full.json")

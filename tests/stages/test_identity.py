@@ -41,6 +41,9 @@ def test_another_teacher_is_refused_and_changes_nothing(tmp_path: Path, model: P
     spoil(model)
     with pytest.raises(UserError, match="must be the model that the run began with"):
         run_tiny(run, source)
+    if until is None:
+        with pytest.raises(UserError, match="must be the model that the run began with"):
+            verbs.evaluate_run(run, suite="short", tokens=96, say=lambda text: None)
     assert {p: p.read_bytes() for p in before} == before
     run_tiny(run, source, start="surgery", until="surgery")
     run_tiny(run, source, until="calibrate")
@@ -124,3 +127,19 @@ def test_a_device_that_is_not_here_is_named_at_once(tmp_path: Path, device: str)
     with pytest.raises(UserError, match="device: must be one that torch has here"):
         run_tiny(tmp_path / "run", f"device={device}")
     assert not (tmp_path / "run").exists()
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
+    run = run_tiny(tmp_path / "run", "evaluate.suite=short", "evaluate.tokens=96")
+    whole = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(whole + '{"stage": "4-lo')
+    verbs.report(run)
+    (run / "metrics.jsonl").write_text("{torn\n" + whole)
+    with pytest.raises(UserError, match="line 1: must be a line of JSON"):
+        verbs.report(run)
+    (run / "env.json").unlink()
+    with pytest.raises(UserError, match="must tell how the run computed"):
+        verbs.evaluate_run(run, suite="short", say=lambda text: None)
+    (run / "1-calibrate" / "DONE").write_text("{}")
+    with pytest.raises(UserError, match="must be what a finished stage wrote"):
+        verbs.status(run)
