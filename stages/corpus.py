@@ -25,6 +25,10 @@ SAMPLE = 8
 # fewer texts than this are cut into parts, so that some can be held out
 FEWEST = 4
 PART = 8192
+# text that is held out is at most this many times data.heldout_percent, or this share, before a user's texts are cut
+TIMES, MOST = 2, 0.1
+# letters of the smallest part they are then cut into: less is a sentence or two
+SMALLEST = 512
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def load_corpus(config: DataConfig) -> Corpus:
             if name in licences:
                 raise fail("data.sources", "sources must have different names", f"{name} twice", "Rename or drop one.")
             licences[name] = licence
-            _add(corpus, name, documents, config, seen)
+            _add(corpus, name, documents, config, seen, own=source not in {"default", *(s[0] for s in SOURCES)})
     # a user's own text is never cut down
     if licences.keys() <= {name for name, _, _ in SOURCES}:
         _cap(corpus)
@@ -89,19 +93,42 @@ def _read(source: str, config: DataConfig) -> Iterable[tuple[str, str, list[Docu
         yield Path(source).name, "the user's own", list(_files(Path(source).expanduser(), config))
 
 
-def _add(corpus: Corpus, name: str, documents: list[Document], config: DataConfig, seen: set[int]) -> None:
-    """Splits a source: held out are the lowest hashes, at least two documents, at most half."""
+def _add(corpus: Corpus, name: str, documents: list[Document], config: DataConfig, seen: set[int], own: bool) -> None:
+    """Splits a source: held out are the lowest hashes, at least two documents, at most half.
+
+    Of a user's `own`, long documents are cut where whole ones would not do.
+    """
     documents = _distinct([d for d in documents if d.text.strip()], seen)
     if len(documents) < FEWEST and not any(d.messages for d in documents):
-        documents = [part for d in documents for part in _parts(d)]
+        documents = [part for d in documents for part in _parts(d, len(d.text.strip()) // 8)]
     if len(documents) < 2:
         got = f"{len(documents)} in {name}"
         raise fail("data.sources", "a source holds two documents or more that no other repeats", got, "Add documents.")
+    heldout, train = _split(documents, config)
+    if own and _uneven(heldout, train, config):
+        size = max(SMALLEST, int(sum(len(d.text) for d in documents) * MOST / 2))
+        heldout, train = _split([part for d in documents for part in _cut(d, size)], config)
+    corpus.heldout[name] = heldout
+    corpus.train += train
+
+
+def _split(documents: list[Document], config: DataConfig) -> tuple[list[Document], list[Document]]:
     ranked = sorted(documents, key=lambda d: _hash(d.id))
     below = sum(_hash(d.id) < config.heldout_percent / 100 * 2**64 for d in ranked)
     count = min(max(2, below), len(ranked) // 2)
-    corpus.heldout[name] = ranked[:count]
-    corpus.train += ranked[count:]
+    return ranked[:count], ranked[count:]
+
+
+def _uneven(heldout: list[Document], train: list[Document], config: DataConfig) -> bool:
+    """Whether far more text is held out than was asked for, or one document has more of it than all others."""
+    sizes, total = [len(d.text) for d in heldout], sum(len(d.text) for d in [*heldout, *train])
+    largest = max(len(d.text) for d in [*heldout, *train])
+    return sum(sizes) > total * max(TIMES * config.heldout_percent / 100, MOST) or 2 * largest > total
+
+
+def _cut(document: Document, size: int) -> list[Document]:
+    """A text in parts, unless it is about as short as one; a conversation stays whole."""
+    return [document] if document.messages or len(document.text) <= 2 * size else _parts(document, size)
 
 
 def _provenance(name: str, licence: str, documents: list[Document]) -> dict[str, Any]:
@@ -112,10 +139,10 @@ def _size(document: Document) -> int:
     return len(document.text.encode()) if document.messages is None else len(json.dumps(document.messages))
 
 
-def _parts(document: Document) -> list[Document]:
-    """A text cut at paragraphs, else at lines, else at spaces, into eight parts or more of about 8 kB at most."""
+def _parts(document: Document, size: int) -> list[Document]:
+    """A text cut at paragraphs, else at lines, else at spaces, into parts of about `size` letters, 8 kB at most."""
     parts, rest = [], document.text.strip()
-    size = max(1, min(PART, len(rest) // 8))
+    size = max(1, min(PART, size))
     while rest:
         found = (rest.find(mark, size // 2, 2 * size) for mark in ("\n\n", "\n", " "))
         end = next((at for at in found if at > 0), size) if len(rest) > size else len(rest)

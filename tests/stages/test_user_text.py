@@ -11,6 +11,7 @@ import pytest
 
 from ssmorph.convert.tiny import byte_tokenizer
 from ssmorph.stages.config import DataConfig
+from ssmorph.stages.corpus import Corpus
 from ssmorph.stages.data import PackedData, open_or_pack, tokenizer_hash
 
 from .test_corpus import TEMPLATE, folder_of, load, words
@@ -46,6 +47,33 @@ def test_few_documents_are_cut_so_that_some_text_is_held_out(tmp_path: Path, joi
     assert len(held) >= 2
     together = Counter(word for d in [*corpus.train, *held] for word in d.text.split())
     assert together == Counter(word for seed in range(count) for word in words(seed, 500).split())
+
+
+def share_held_out(corpus: Corpus) -> float:
+    held = sum(len(d.text) for documents in corpus.heldout.values() for d in documents)
+    return held / (held + sum(len(d.text) for d in corpus.train))
+
+
+@pytest.mark.parametrize("lengths", [(8000, 40, 40, 40), (8000, 3000, 40, 40, 40), (900,) * 5, (900, *(100,) * 12)])
+def test_no_long_document_is_held_out_as_a_whole(tmp_path: Path, lengths: tuple[int, ...]) -> None:
+    """Whichever of the names hashes lowest."""
+    for turn in range(len(lengths)):
+        # a folder may have the name of a source of ours
+        folder = tmp_path / str(turn) / "speeches"
+        folder.mkdir(parents=True)
+        for seed, length in enumerate(lengths[turn:] + lengths[:turn]):
+            (folder / f"{seed}.txt").write_text(words(seed, length))
+        corpus = load(folder)
+        assert 0.01 < share_held_out(corpus) < 0.12
+        together = Counter(word for d in [*corpus.train, *corpus.heldout["speeches"]] for word in d.text.split())
+        assert sum(together.values()) == len(together) == sum(lengths)
+
+
+def test_conversations_are_never_cut(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": words(seed, 8000 if seed == 2 else 40)}] for seed in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    corpus = load(tmp_path / "rows.jsonl")
+    assert len(corpus.train) + len(corpus.heldout["rows.jsonl"]) == 6
 
 
 def test_exact_copies_of_short_texts_are_removed(tmp_path: Path) -> None:
