@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..errors import fail
-from .corpus import Document
+from .user_text import Document
 
 
 class Encoded(NamedTuple):

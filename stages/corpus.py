@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import fail, nearest
 from .config import DataConfig
 from .packages import DOMAIN, SOURCES
+from .user_text import Document, documents_of, hub_rows
 
 SHINGLE = 8
 DUPLICATE_SHARE = 1 / 3
@@ -31,24 +32,18 @@ TIMES, MOST = 2, 0.1
 SMALLEST = 512
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text, or one conversation; the id is stable and names its source."""
-
-    text: str
-    source: str
-    id: str
-    messages: tuple[dict[str, str], ...] | None = None
-
-
 @dataclass
 class Corpus:
-    """Documents to train on, documents held out of each source, and a domain that is never trained on."""
+    """Documents to train on, documents held out of each source, and a domain that is never trained on.
+
+    `notes` are lines for the user: what of a source was not read.
+    """
 
     train: list[Document] = field(default_factory=list)
     heldout: dict[str, list[Document]] = field(default_factory=dict)
     domain: tuple[str, list[Document]] | None = None
     provenance: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def load_corpus(config: DataConfig) -> Corpus:
@@ -61,7 +56,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     seen: set[int] = set()
     licences: dict[str, str] = {}
     for source in config.sources:
-        for name, licence, documents in _read(source, config):
+        for name, licence, documents in _read(source, config, corpus):
             if name in licences:
                 raise fail("data.sources", "sources must have different names", f"{name} twice", "Rename or drop one.")
             licences[name] = licence
@@ -82,15 +77,20 @@ def load_corpus(config: DataConfig) -> Corpus:
     return corpus
 
 
-def _read(source: str, config: DataConfig) -> Iterable[tuple[str, str, list[Document]]]:
+def _read(source: str, config: DataConfig, corpus: Corpus) -> Iterable[tuple[str, str, list[Document]]]:
     chosen = [s for s in SOURCES if source in ("default", s[0])]
     if chosen:
         for name, licence, read in chosen:
             yield name, licence, [Document(text, name, f"{name}/{key}") for key, text in read()]
     elif source.startswith("hub:"):
-        yield source, "see the dataset's card", _hub(source[4:], config)
+        yield source, "see the dataset's card", hub_rows(source[4:], config)
     else:
-        yield Path(source).name, "the user's own", list(_files(Path(source).expanduser(), config))
+        path = Path(source).expanduser()
+        if not path.exists():
+            do = nearest(str(path), ["default", *(s[0] for s in SOURCES)])
+            rule = "a source is 'default', one of its parts, a file, a folder or hub:NAME"
+            raise fail("data.sources", rule, str(path), do)
+        yield Path(source).name, "the user's own", list(documents_of(path, config, corpus.notes.append))
 
 
 def _add(corpus: Corpus, name: str, documents: list[Document], config: DataConfig, seen: set[int], own: bool) -> None:
@@ -189,68 +189,3 @@ def _marks(text: str) -> set[int]:
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _files(path: Path, config: DataConfig) -> Iterable[Document]:
-    if not path.exists():
-        do = nearest(str(path), ["default", *(s[0] for s in SOURCES)])
-        raise fail(
-            "data.sources", "a source is 'default', one of its parts, a file, a folder or hub:NAME", str(path), do
-        )
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl")) if path.is_dir() else [path]
-    for file in files:
-        try:
-            content = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise fail(
-                "data.sources", "must be readable UTF-8 text", f"{file} ({error})", "Convert the file."
-            ) from error
-        key = path.name if file == path else f"{path.name}/{file.relative_to(path).as_posix()}"
-        if file.suffix == ".jsonl":
-            yield from _lines(file, content, path.name, key, config)
-        else:
-            yield Document(content, path.name, key)
-
-
-def _lines(file: Path, content: str, source: str, key: str, config: DataConfig) -> Iterable[Document]:
-    # splitlines would also cut at U+2028 and its like, which JSON strings may hold
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise fail(where, "must be a JSON object", str(error), "Mend that line.") from error
-        yield _record(record, where, source, f"{key}:{number}", config)
-
-
-def _record(record: Any, where: str, source: str, key: str, config: DataConfig) -> Document:
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        messages = tuple(record["messages"])
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
-            raise fail(where, "a message has a role and a text content", str(messages)[:80], "Mend that line.")
-        text = "\n".join(m["content"] for m in messages)
-        return Document(text, source, key, messages)
-    if not isinstance(record, dict) or not isinstance(record.get(config.text_field), str):
-        do = "Set data.text_field to the key that holds it."
-        raise fail(where, f"must have text under {config.text_field!r} or 'messages'", str(record)[:80], do)
-    return Document(record[config.text_field], source, key)
-
-
-def _hub(name: str, config: DataConfig) -> list[Document]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise fail(
-            "data.sources", "hub datasets need a package", "no 'datasets'", 'Run: pip install "ssmorph[data]"'
-        ) from error
-    rows = datasets.load_dataset(name, split="train", streaming=config.max_tokens is not None)
-    documents, letters = [], 0
-    for number, row in enumerate(rows):
-        documents.append(_record(dict(row), f"hub:{name}[{number}]", f"hub:{name}", f"{name}:{number}", config))
-        letters += len(documents[-1].text)
-        # about five letters a token: enough text for the limit and the held-out share
-        if config.max_tokens is not None and letters > 8 * config.max_tokens:
-            break
-    return documents

@@ -23,8 +23,9 @@ from torch import Tensor
 from ..errors import fail
 from .chat import encode
 from .config import DataConfig
-from .corpus import Corpus, Document, load_corpus
+from .corpus import Corpus, load_corpus
 from .rundir import atomic_folder, file_hash
+from .user_text import Document
 
 INDEX = "index.json"
 
@@ -55,6 +56,8 @@ def open_or_pack(config: DataConfig, tokenizer: Any, folder: Path, say: Callable
     """
     if not folder.is_dir():
         corpus = load_corpus(config)
+        for line in corpus.notes:
+            say(line)
         with atomic_folder(folder) as partial:
             _pack(corpus, tokenizer, config, partial)
         packed = PackedData(folder)

@@ -54,7 +54,7 @@ def share_held_out(corpus: Corpus) -> float:
     return held / (held + sum(len(d.text) for d in corpus.train))
 
 
-@pytest.mark.parametrize("lengths", [(8000, 40, 40, 40), (8000, 3000, 40, 40, 40), (900,) * 5, (900, *(100,) * 12)])
+@pytest.mark.parametrize("lengths", [(2000, 40, 40, 40), (2000, 900, 40, 40, 40), (600,) * 5, (900, *(100,) * 12)])
 def test_no_long_document_is_held_out_as_a_whole(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     """Whichever of the names hashes lowest."""
     for turn in range(len(lengths)):
@@ -70,10 +70,46 @@ def test_no_long_document_is_held_out_as_a_whole(tmp_path: Path, lengths: tuple[
 
 
 def test_conversations_are_never_cut(tmp_path: Path) -> None:
-    chats = [[{"role": "user", "content": words(seed, 8000 if seed == 2 else 40)}] for seed in range(6)]
+    chats = [[{"role": "user", "content": words(seed, 2000 if seed == 2 else 40)}] for seed in range(6)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     corpus = load(tmp_path / "rows.jsonl")
     assert len(corpus.train) + len(corpus.heldout["rows.jsonl"]) == 6
+
+
+def test_what_of_a_folder_is_not_read_is_said(tmp_path: Path) -> None:
+    folder, aside = folder_of(tmp_path / "some", 8), folder_of(tmp_path / "aside", 1)
+    for name in ("a.csv", "b.csv", "c.json", "d.csv", "LICENSE", ".hidden"):
+        (folder / name).write_text("x")
+    (folder / "linked").symlink_to(aside)
+    (folder / "notes.md").mkdir()
+    (folder / "notes.md" / "SHOUTED.TXT").write_text(words(8))
+    (folder / "ROWS.JSONL").write_text(json.dumps({"text": words(9)}))
+    (folder / "rows.ndjson").write_text(json.dumps({"text": words(10)}))
+    said: list[str] = []
+    packed = open_or_pack(DataConfig(sources=(str(folder),), window=32), byte_tokenizer(), tmp_path / "p", said.append)
+    assert packed.provenance[0]["documents"] == 9
+    assert said[0] == f"data: not read in {folder}: .csv (3), no suffix (2), .json (1), linked folders (1)"
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.CSV", "rows.jsonl.gz", "rows.parquet"])
+def test_a_file_of_records_in_another_format_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(words(0, 500))
+    with pytest.raises(ValueError, match=r"read as lines of JSON \(\.jsonl or \.ndjson\); got .*rows"):
+        load(tmp_path / name)
+
+
+def test_a_folder_without_text_says_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "a.csv").write_text("x")
+    with pytest.raises(ValueError, match=r"suffix of \.txt, \.md, \.jsonl, \.ndjson; got 0 in some beside \.csv \(1\)"):
+        load(tmp_path / "some")
+
+
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.ndjson"])
+def test_lines_of_json_go_by_other_names_and_may_begin_with_a_mark(tmp_path: Path, name: str) -> None:
+    rows = "\n".join(json.dumps({"text": words(seed)}) for seed in range(8))
+    (tmp_path / name).write_text(rows, "utf-8-sig")
+    assert {d.text for d in load(tmp_path / name).train} < {words(seed) for seed in range(8)}
 
 
 def test_exact_copies_of_short_texts_are_removed(tmp_path: Path) -> None:
