@@ -95,11 +95,22 @@ def _record(record: Any, where: str, source: str, key: str, config: DataConfig) 
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
             raise fail(where, "a message has a role and a text content", str(messages)[:80], "Mend that line.")
         text = "\n".join(m["content"] for m in messages)
+        _require_text(json.dumps(messages, ensure_ascii=False), where)
         return Document(text, source, key, messages)
     if not isinstance(record, dict) or not isinstance(record.get(config.text_field), str):
         do = "Set data.text_field to the key that holds it."
         raise fail(where, f"must have text under {config.text_field!r} or 'messages'", str(record)[:80], do)
+    _require_text(record[config.text_field], where)
     return Document(record[config.text_field], source, key)
+
+
+def _require_text(text: str, where: str) -> None:
+    """JSON can spell half of a pair of surrogates, which is no character and cannot be written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        got = f"{text[error.start]!r} after {text[max(0, error.start - 20) : error.start]!r}"
+        raise fail(where, "must hold text that UTF-8 can write", got, "Mend that line.") from error
 
 
 def hub_rows(name: str, config: DataConfig) -> list[Document]:

@@ -103,6 +103,8 @@ def test_json_lines_hold_text_or_conversations(tmp_path: Path) -> None:
         ('{"text": "a b"}\n{bad\n', "rows.jsonl:2"),
         ('{"txt": "a"}', "rows.jsonl:1"),
         ('{"messages": [3]}', "rows.jsonl:1"),
+        ('{"text": "a b"}\n{"text": "x \\ud83d y"}', r"rows.jsonl:2: must hold .* got '\\ud83d' after 'x '"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "rows.jsonl:1"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, content: str, where: str) -> None:
