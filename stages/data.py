@@ -111,8 +111,9 @@ def _write_set(
             # a template already ends the last answer; the joint after it is nobody's answer
             closes = document.messages is None or config.loss_on == "all"
             row: np.ndarray = np.asarray([*encoded.tokens, end][:room], dtype=dtype)
-            row.tofile(tokens)
-            np.asarray([*encoded.loss, closes][:room], dtype=np.uint8).tofile(losses)
+            # not tofile: its OSError on a full disk has no errno
+            tokens.write(row.tobytes())
+            losses.write(np.asarray([*encoded.loss, closes][:room], dtype=np.uint8).tobytes())
             starts.append(count)
             count += len(row)
             if count == limit:

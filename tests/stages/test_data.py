@@ -108,6 +108,22 @@ def test_a_corpus_shorter_than_a_window_is_refused(config: DataConfig, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("shard", ["0.tokens", "0.loss"])
+def test_a_disk_that_fills_while_packing_is_named(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str
+) -> None:
+    original = Path.open
+
+    def full(path: Path, *args: Any, **options: Any) -> Any:
+        return original(Path("/dev/full") if path.name == shard else path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ValueError, match="the disk must have room"):
+        pack(config, tmp_path / "packed")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_truncated_shard_is_refused(config: DataConfig, packed: PackedData) -> None:
     shard = max(packed.folder.glob("*.tokens"), key=lambda f: f.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-2])
