@@ -53,11 +53,12 @@ class DataConfig:
             "Use 4.",
         )
         require(
-            self.max_tokens is None or self.max_tokens > 0,
+            # packing asks for a token more than one window
+            self.max_tokens is None or self.max_tokens > self.window,
             "data.max_tokens",
-            "must be positive",
+            f"must be larger than the window of {self.window} tokens",
             self.max_tokens,
-            "Leave it out.",
+            "Raise it, leave it out, or lower data.window.",
         )
 
 

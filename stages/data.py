@@ -73,7 +73,7 @@ def _pack(corpus: Corpus, tokenizer: Any, config: DataConfig, folder: Path) -> N
     heldout = {**corpus.heldout, **(dict([corpus.domain]) if corpus.domain else {})}
     train = _write_set(folder, 0, corpus.train, tokenizer, config, dtype, config.max_tokens)
     if train["tokens"] < config.window + 1:
-        rule = f"must hold at least one window of {config.window} tokens to train on"
+        rule = f"must hold more than a window of {config.window} tokens to train on"
         raise fail("data.sources", rule, f"{train['tokens']} tokens", "Add text.")
     index: dict[str, Any] = {
         "dtype": np.dtype(dtype).name,
@@ -181,7 +181,8 @@ class PackedData:
                 str(self.folder), "must be packed from the recipe's data", "other settings", "Delete the folder."
             )
         if self.train_tokens < config.window + 1:
-            raise fail("data.window", f"must fit the {self.train_tokens} training tokens", config.window, "Add text.")
+            rule = f"must be less than the {self.train_tokens} training tokens"
+            raise fail("data.window", rule, config.window, "Add text.")
 
     def batch(self, seed: int, step: int, rank: int, world: int, batch: int, window: int) -> TokenBatch:
         """Rows `rank * batch ...` of the step's `world * batch` windows, [B, L].

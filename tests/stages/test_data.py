@@ -90,6 +90,17 @@ def test_max_tokens_limits_training_alone(config: DataConfig, packed: PackedData
     assert torch.equal(short.heldout_windows("some", L, 999), packed.heldout_windows("some", L, 999))
 
 
+def test_training_needs_a_token_more_than_a_window(config: DataConfig, packed: PackedData, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_tokens: must be larger than the window of 32 tokens; got 32\. Raise it"):
+        DataConfig(sources=config.sources, window=L, max_tokens=L)
+    assert pack(DataConfig(sources=config.sources, window=L, max_tokens=L + 1), tmp_path / "p").train_tokens == L + 1
+    count = packed.train_tokens
+    with pytest.raises(ValueError, match=rf"must hold more than a window of {count} tokens .* got {count} tokens"):
+        pack(DataConfig(sources=config.sources, window=count), tmp_path / "q")
+    with pytest.raises(ValueError, match=rf"must be less than the {count} training tokens; got {count}"):
+        pack(DataConfig(sources=config.sources, window=count), packed.folder)
+
+
 def test_held_out_windows_hold_the_held_out_text(config: DataConfig, packed: PackedData) -> None:
     assert packed.heldout_names() == ["some"]
     assert packed.domain_name is None
