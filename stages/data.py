@@ -28,6 +28,7 @@ from .rundir import atomic_folder, file_hash
 from .user_text import Document
 
 INDEX = "index.json"
+KEYS = {"dtype", "tokenizer", "config", "domain", "provenance", "train", "heldout"}
 
 
 class TokenBatch(NamedTuple):
@@ -52,9 +53,12 @@ def open_or_pack(config: DataConfig, tokenizer: Any, folder: Path, say: Callable
     """The packed data of a folder, made on first use.
 
     Raises:
-        ValueError: a corpus that is empty or shorter than a window, another tokenizer, a damaged shard.
+        ValueError: a corpus that is empty or shorter than a window, another tokenizer, a damaged shard, or
+            something else in the folder's place.
     """
     if not folder.is_dir():
+        if folder.exists():
+            raise fail(str(folder), "must be a folder of packed data, or new", "a file", "Name another folder.")
         corpus = load_corpus(config)
         for line in corpus.notes:
             say(line)
@@ -133,13 +137,10 @@ class PackedData:
         """Opens the folder.
 
         Raises:
-            ValueError: a shard whose size is not what the index says.
+            ValueError: a folder that is no packed data, a shard whose size is not what the index says.
         """
         self.folder = folder
-        try:
-            self._index = json.loads((folder / INDEX).read_text())
-        except (OSError, ValueError) as error:
-            raise fail(str(folder), "must be packed data", error, "Delete the folder to pack it again.") from error
+        self._index = _index(folder)
         dtype = np.dtype(self._index["dtype"])
         self._train, self._loss = self._mapped(self._index["train"], dtype)
         pairs = {name: self._mapped(entry, dtype) for name, entry in self._index["heldout"].items()}
@@ -225,6 +226,20 @@ class PackedData:
         if not chosen:
             return torch.empty(0, window, dtype=torch.int64)
         return torch.from_numpy(np.stack([tokens[s : s + window] for s in chosen]).astype(np.int64))
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    # what is no packed data may be anything of the user's: nobody is told to delete it
+    do = "Name another folder, or move this one away."
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except FileNotFoundError as error:
+        raise fail(str(folder), "must be packed data, or new", f"a folder without {INDEX}", do) from error
+    except (OSError, ValueError) as error:
+        raise fail(str(folder), "must be packed data", error, do) from error
+    if not isinstance(index, dict) or not index.keys() >= KEYS:
+        raise fail(str(folder), "must be packed data", f"another kind of {INDEX}", do)
+    return index
 
 
 def _window_starts(edges: list[int], window: int) -> list[list[int]]:

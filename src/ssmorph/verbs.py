@@ -217,13 +217,20 @@ def export(source: str | Path, out: str | Path | None = None, say: Callable[[str
 
 
 def pack(out: str | Path, teacher: str, *sources: str, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Tokenises and packs text into memory-mapped shards, for inspection or for use by several runs."""
+    """Tokenises and packs text into memory-mapped shards, for inspection or for use by several runs.
+
+    Raises:
+        ValueError: a mistake in sources, teacher or disk, or an `out` that is something else.
+    """
     from .convert.teachers import load_tokenizer
     from .stages.config import DataConfig
-    from .stages.data import open_or_pack
+    from .stages.data import INDEX, open_or_pack
 
     config = DataConfig(sources=sources or ("default",))
+    packed_before = (Path(out) / INDEX).is_file()
     packed = open_or_pack(config, load_tokenizer(teacher), Path(out), say)
+    if packed_before:
+        say(f"data: {out} was packed before, and nothing was read again; name another folder if the sources changed")
     return {"folder": str(out), "train_tokens": packed.train_tokens, "sources": packed.provenance}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from ssmorph import verbs
 from ssmorph.convert.tiny import byte_tokenizer
 from ssmorph.stages.config import DataConfig
 from ssmorph.stages.corpus import load_corpus
@@ -146,6 +147,36 @@ def test_a_folder_that_is_no_packed_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(ValueError, match="must be packed data"):
         PackedData(tmp_path)
+
+
+@pytest.mark.parametrize("index", [None, "[]", '{"pages": 3}'])
+def test_nobody_is_told_to_delete_a_folder_that_holds_something_else(
+    config: DataConfig, tmp_path: Path, index: str | None
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    if index is not None:
+        (tmp_path / "mine" / "index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"must be packed data.* Name another folder, or move this one away\."):
+        pack(config, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_file_in_the_place_of_packed_data_stays(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="must be a folder of packed data, or new; got a file"):
+        pack(config, tmp_path / "mine")
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_packing_again_says_that_nothing_was_read(config: DataConfig, tmp_path: Path) -> None:
+    said: list[str] = []
+    first, second = (
+        verbs.pack(tmp_path / "p", "tiny-random-llama", *config.sources, say=said.append) for _ in range(2)
+    )
+    assert first == second
+    assert [("nothing was read again" in line) for line in said] == [False, True]
 
 
 def test_another_tokenizer_or_other_data_are_refused(config: DataConfig, packed: PackedData, tmp_path: Path) -> None:
