@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,8 @@ class Corpus:
     notes: list[str] = field(default_factory=list)
 
 
-def load_corpus(config: DataConfig) -> Corpus:
-    """All documents of a recipe's sources.
+def load_corpus(config: DataConfig, check: Callable[[], None] = lambda: None) -> Corpus:
+    """All documents of a recipe's sources. `check` is called for each of them, and may raise to stop.
 
     Raises:
         ValueError: a missing package or file, an undecodable or empty source, two sources of one name.
@@ -56,11 +56,12 @@ def load_corpus(config: DataConfig) -> Corpus:
     seen: set[int] = set()
     licences: dict[str, str] = {}
     for source in config.sources:
+        own = source not in {"default", *(s[0] for s in SOURCES)}
         for name, licence, documents in _read(source, config, corpus):
             if name in licences:
                 raise fail("data.sources", "sources must have different names", f"{name} twice", "Rename or drop one.")
             licences[name] = licence
-            _add(corpus, name, documents, config, seen, own=source not in {"default", *(s[0] for s in SOURCES)})
+            _add(corpus, name, _checked(documents, check), config, seen, own)
     # a user's own text is never cut down
     if licences.keys() <= {name for name, _, _ in SOURCES}:
         _cap(corpus)
@@ -71,17 +72,17 @@ def load_corpus(config: DataConfig) -> Corpus:
         corpus.provenance.append(_provenance(name, licence, trained))
     if "default" in config.sources:
         name, licence, read = DOMAIN
-        documents = [Document(text, name, f"{name}/{key}") for key, text in read()]
-        corpus.domain = (name, _distinct(documents, seen))
+        documents = (Document(text, name, f"{name}/{key}") for key, text in read())
+        corpus.domain = (name, _distinct(_checked(documents, check), seen))
         corpus.provenance.append(_provenance(name, f"{licence}; never trained on", corpus.domain[1]))
     return corpus
 
 
-def _read(source: str, config: DataConfig, corpus: Corpus) -> Iterable[tuple[str, str, list[Document]]]:
+def _read(source: str, config: DataConfig, corpus: Corpus) -> Iterable[tuple[str, str, Iterable[Document]]]:
     chosen = [s for s in SOURCES if source in ("default", s[0])]
     if chosen:
         for name, licence, read in chosen:
-            yield name, licence, [Document(text, name, f"{name}/{key}") for key, text in read()]
+            yield name, licence, (Document(text, name, f"{name}/{key}") for key, text in read())
     elif source.startswith("hub:"):
         yield source, "see the dataset's card", hub_rows(source[4:], config)
     else:
@@ -90,15 +91,21 @@ def _read(source: str, config: DataConfig, corpus: Corpus) -> Iterable[tuple[str
             do = nearest(str(path), ["default", *(s[0] for s in SOURCES)])
             rule = "a source is 'default', one of its parts, a file, a folder or hub:NAME"
             raise fail("data.sources", rule, str(path), do)
-        yield Path(source).name, "the user's own", list(documents_of(path, config, corpus.notes.append))
+        yield Path(source).name, "the user's own", documents_of(path, config, corpus.notes.append)
 
 
-def _add(corpus: Corpus, name: str, documents: list[Document], config: DataConfig, seen: set[int], own: bool) -> None:
+def _checked(documents: Iterable[Document], check: Callable[[], None]) -> Iterable[Document]:
+    for document in documents:
+        check()
+        yield document
+
+
+def _add(corpus: Corpus, name: str, read: Iterable[Document], config: DataConfig, seen: set[int], own: bool) -> None:
     """Splits a source: held out are the lowest hashes, at least two documents, at most half.
 
     Of a user's `own`, long documents are cut where whole ones would not do.
     """
-    documents = _distinct([d for d in documents if d.text.strip()], seen)
+    documents = _distinct((d for d in read if d.text.strip()), seen)
     if len(documents) < FEWEST and not any(d.messages for d in documents):
         documents = [part for d in documents for part in _parts(d, len(d.text.strip()) // 8)]
     if len(documents) < 2:
@@ -168,7 +175,7 @@ def _cap(corpus: Corpus) -> None:
     corpus.train = [d for d in corpus.train if d.id not in dropped]
 
 
-def _distinct(documents: list[Document], seen: set[int]) -> list[Document]:
+def _distinct(documents: Iterable[Document], seen: set[int]) -> list[Document]:
     kept = []
     for document in documents:
         marks = _marks(document.text)

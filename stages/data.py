@@ -49,8 +49,14 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def open_or_pack(config: DataConfig, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> PackedData:
-    """The packed data of a folder, made on first use.
+def open_or_pack(
+    config: DataConfig,
+    tokenizer: Any,
+    folder: Path,
+    say: Callable[[str], None],
+    check: Callable[[], None] = lambda: None,
+) -> PackedData:
+    """The packed data of a folder, made on first use. `check` is called for every document, and may raise to stop.
 
     Raises:
         ValueError: a corpus that is empty or shorter than a window, another tokenizer, a damaged shard, or
@@ -59,11 +65,11 @@ def open_or_pack(config: DataConfig, tokenizer: Any, folder: Path, say: Callable
     if not folder.is_dir():
         if folder.exists():
             raise fail(str(folder), "must be a folder of packed data, or new", "a file", "Name another folder.")
-        corpus = load_corpus(config)
+        corpus = load_corpus(config, check)
         for line in corpus.notes:
             say(line)
         with atomic_folder(folder) as partial:
-            _pack(corpus, tokenizer, config, partial)
+            _pack(corpus, tokenizer, config, partial, check)
         packed = PackedData(folder)
         say(f"data: {packed.train_tokens} training tokens from {len(packed.provenance)} sources")
     packed = PackedData(folder)
@@ -71,11 +77,11 @@ def open_or_pack(config: DataConfig, tokenizer: Any, folder: Path, say: Callable
     return packed
 
 
-def _pack(corpus: Corpus, tokenizer: Any, config: DataConfig, folder: Path) -> None:
+def _pack(corpus: Corpus, tokenizer: Any, config: DataConfig, folder: Path, check: Callable[[], None]) -> None:
     vocabulary = len(tokenizer)
     dtype = np.uint16 if vocabulary <= 1 << 16 else np.uint32
     heldout = {**corpus.heldout, **(dict([corpus.domain]) if corpus.domain else {})}
-    train = _write_set(folder, 0, corpus.train, tokenizer, config, dtype, config.max_tokens)
+    train = _write_set(folder, 0, corpus.train, tokenizer, config, dtype, config.max_tokens, check)
     if train["tokens"] < config.window + 1:
         rule = f"must hold more than a window of {config.window} tokens to train on"
         raise fail("data.sources", rule, f"{train['tokens']} tokens", "Add text.")
@@ -87,7 +93,7 @@ def _pack(corpus: Corpus, tokenizer: Any, config: DataConfig, folder: Path) -> N
         "provenance": corpus.provenance,
         "train": train,
         "heldout": {
-            name: _write_set(folder, number, documents, tokenizer, config, dtype, None)
+            name: _write_set(folder, number, documents, tokenizer, config, dtype, None, check)
             for number, (name, documents) in enumerate(heldout.items(), start=1)
         },
     }
@@ -102,6 +108,7 @@ def _write_set(
     config: DataConfig,
     dtype: type,
     limit: int | None,
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     """Writes one set document by document, so that no more than one is in memory; returns its entry of the index."""
     end = tokenizer.eos_token_id
@@ -110,6 +117,7 @@ def _write_set(
     starts, count = [], 0
     with (folder / f"{number}.tokens").open("wb") as tokens, (folder / f"{number}.loss").open("wb") as losses:
         for document in documents:
+            check()
             encoded = encode(document, tokenizer, config.loss_on)
             room = None if limit is None else limit - count
             # a template already ends the last answer; the joint after it is nobody's answer

@@ -177,7 +177,7 @@ def prepare(config: RunConfig, run: RunDir, stop: Any, log: Callable[[str], None
     """Loads the teacher and opens the data; there is no student yet."""
     t = config.teacher
     teacher, tokenizer = load_teacher(t.source, t.revision, t.trust_remote_code, config.device)
-    data = open_or_pack(config.data, tokenizer, run.path / "data", log)
+    data = open_or_pack(config.data, tokenizer, run.path / "data", log, stop.check)
     tracker = make_tracker(config.tracker, run.path, as_dict(config))
     teacher.requires_grad_(False)
     return Context(config=config, run=run, teacher=teacher, student=None, spec=family_of(teacher.config),

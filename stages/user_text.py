@@ -113,7 +113,7 @@ def _require_text(text: str, where: str) -> None:
         raise fail(where, "must hold text that UTF-8 can write", got, "Mend that line.") from error
 
 
-def hub_rows(name: str, config: DataConfig) -> list[Document]:
+def hub_rows(name: str, config: DataConfig) -> Iterable[Document]:
     """Documents of a data set of the hub, as many as `data.max_tokens` needs.
 
     Raises:
@@ -126,11 +126,11 @@ def hub_rows(name: str, config: DataConfig) -> list[Document]:
             "data.sources", "hub datasets need a package", "no 'datasets'", 'Run: pip install "ssmorph[data]"'
         ) from error
     rows = datasets.load_dataset(name, split="train", streaming=config.max_tokens is not None)
-    documents, letters = [], 0
+    letters = 0
     for number, row in enumerate(rows):
-        documents.append(_record(dict(row), f"hub:{name}[{number}]", f"hub:{name}", f"{name}:{number}", config))
-        letters += len(documents[-1].text)
+        document = _record(dict(row), f"hub:{name}[{number}]", f"hub:{name}", f"{name}:{number}", config)
+        yield document
+        letters += len(document.text)
         # about five letters a token: enough text for the limit and the held-out share
         if config.max_tokens is not None and letters > 8 * config.max_tokens:
             break
-    return documents

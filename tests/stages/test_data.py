@@ -6,6 +6,8 @@ B batch, L window length, W windows.
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ import torch
 
 from ssmorph import verbs
 from ssmorph.convert.tiny import byte_tokenizer
+from ssmorph.stages import corpus, data
 from ssmorph.stages.config import DataConfig
+from ssmorph.stages.context import Interrupted
 from ssmorph.stages.corpus import load_corpus
 from ssmorph.stages.data import PackedData, open_or_pack
+
+from .tiny_run import run_tiny
 
 L = 32
 TOKENIZER = byte_tokenizer()
@@ -49,15 +55,15 @@ def epoch(packed: PackedData, seed: int, steps: range, batch: int = 1) -> torch.
 
 
 def test_windows_are_pieces_of_the_documents_joined_by_end_of_text(config: DataConfig, packed: PackedData) -> None:
-    corpus = load_corpus(config)
-    whole = "".join(d.text + TOKENIZER.eos_token for d in corpus.train)
-    assert packed.train_tokens == sum(len(d.text.encode()) + 1 for d in corpus.train)
+    loaded = load_corpus(config)
+    whole = "".join(d.text + TOKENIZER.eos_token for d in loaded.train)
+    assert packed.train_tokens == sum(len(d.text.encode()) + 1 for d in loaded.train)
     batch = packed.batch(0, 5, 0, 1, 4, L)
     assert batch.tokens_BL.dtype == torch.int64
     assert batch.loss_mask_BL.dtype == torch.bool
     assert batch.tokens_BL.shape == batch.loss_mask_BL.shape == (4, L)
     assert all(TOKENIZER.decode(row) in whole for row in batch.tokens_BL)
-    held = " ".join(d.text for d in corpus.heldout["some"])
+    held = " ".join(d.text for d in loaded.heldout["some"])
     assert not any(TOKENIZER.decode(row) in held for row in batch.tokens_BL)
 
 
@@ -187,6 +193,27 @@ def test_another_tokenizer_or_other_data_are_refused(config: DataConfig, packed:
     with pytest.raises(ValueError, match="other settings"):
         pack(DataConfig(sources=config.sources, window=L, heldout_percent=9), packed.folder)
     assert pack(DataConfig(sources=config.sources, window=16), packed.folder).train_tokens == packed.train_tokens
+
+
+@pytest.mark.parametrize("place", ["data.encode", "corpus._marks"])
+def test_sigterm_stops_packing_at_the_next_document(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    module, name = ({"data": data, "corpus": corpus}[place.split(".")[0]], place.split(".")[1])
+    original, calls = getattr(module, name), []
+
+    def signalled(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(module, name, signalled)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        run_tiny(tmp_path / "run", f"data.sources=[{config.sources[0]}]", "data.window=32")
+    assert len(calls) == 1
+    assert not (tmp_path / "run" / "data").exists()
+    assert list((tmp_path / "run").glob(".partial-*")) == []
 
 
 def test_a_kill_while_packing_leaves_no_folder(
