@@ -31,6 +31,8 @@ from .suite import Suite
 RETRIEVING = ("hybrid", "window", "window_trained")
 # tokens of a prompt to continue
 PROMPT = 32
+# the set of documents kept out of training, of all sources
+HELD_OUT = "held-out documents"
 
 
 @torch.no_grad()
@@ -68,9 +70,14 @@ def evaluate(
         "window_control": {"tokens": window_tokens, "sinks": SINKS, "context": grows and suite.lengths[0]},
         "not_finite": not_finite(hybrid),
         "text": [],
+        "unfilled": [],
     }
     for length in suite.lengths:
-        for name, sources in heldout_sources(data, length, suite):
+        sets = heldout_sources(data, length, suite)
+        if HELD_OUT not in [name for name, _ in sets]:
+            say(f"evaluate: {HELD_OUT} in windows of {length} left out, for no window is filled")
+            report["unfilled"].append(length)
+        for name, sources in sets:
             size = sum(w.numel() for w in sources.values())
             say(f"evaluate: {name}, {size} tokens in windows of {length}")
             some = candidates if name != data.domain_name or suite.domain_controls else candidates[:1]
@@ -136,7 +143,7 @@ def heldout_sources(data: PackedData, length: int, suite: Suite) -> list[tuple[s
         if len(windows_WL):
             together[name] = windows_WL
         left -= len(windows_WL)
-    sets = [("held-out documents", together)]
+    sets = [(HELD_OUT, together)]
     if data.domain_name is not None:
         windows_WL = data.heldout_windows(data.domain_name, length, max(length, suite.domain_tokens))
         sets.append((data.domain_name, {data.domain_name: windows_WL} if len(windows_WL) else {}))

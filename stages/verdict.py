@@ -82,6 +82,16 @@ def _not_finite(report: Report) -> Iterator[str]:
             yield f"On {what} the hybrid's {' and '.join(wrong)} is no finite number."
 
 
+def _no_text(report: Report) -> Iterator[str]:
+    unfilled = report.get("unfilled") or []
+    # windows of the full suite that are too long are no loss beside those of the run
+    if unfilled and not report.get("text"):
+        yield (
+            f"No held-out text fills a window of {min(unfilled)} tokens: perplexity and KL were not measured. Add text,"
+            " raise data.heldout_percent or lower data.window."
+        )
+
+
 def _tokenizer(report: Report) -> Iterator[str]:
     differences = (report.get("final") or {}).get("tokenizer_differences")
     if differences:
@@ -212,6 +222,8 @@ def _placement(report: Report) -> Iterator[str]:
 # name, what of the report it needs (`_measured`), rule
 RULES: tuple[tuple[str, str, Callable[[Report], Iterator[str]]], ...] = (
     ("not-finite", "text", _not_finite),
+    # what every evaluation writes: this rule is about the text that another may lack
+    ("no-heldout-text", "window_control", _no_text),
     ("tokenizer-differs", "final", _tokenizer),
     ("states-idle", "work", _states),
     ("dead-state", "alignment", _dead),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -185,6 +186,8 @@ def with_retrieval(probes: int, taught: float, own: float) -> dict[str, Any]:
     ("report", "expected"),
     [
         (plain(), set()),
+        (plain(unfilled=[2048]), set()),  # the run's own window was filled
+        (plain(unfilled=[512], text=[]), {"no-heldout-text"}),
         (with_retrieval(100, 0.9, 0.3), {"retrieval-lost"}),
         (with_retrieval(4, 0.75, 0.5), set()),  # four questions say nothing
         (with_retrieval(100, 0.27, 0.2), set()),  # the teacher guesses too
@@ -213,6 +216,23 @@ def test_lost_retrieval_says_that_averages_are_fine_only_where_they_are() -> Non
     assert verdict(lost)[0].text.startswith("Averages are fine, but retrieval is lost: 30% of 100")
     lost["text"][0]["models"]["hybrid"]["perplexity"] = 20.0
     assert verdict(lost)[0].text.startswith("Retrieval is lost")
+
+
+def test_held_out_text_shorter_than_a_window_is_called_out(tmp_path: Path) -> None:
+    (tmp_path / "short").mkdir()
+    for i in range(40):
+        (tmp_path / "short" / f"{i}.txt").write_text(f"{i} and {i * i}, {i**3}")
+    config = DataConfig(sources=(str(tmp_path / "short"),), window=96)
+    packed = open_or_pack(config, byte_tokenizer(), tmp_path / "packed", lambda text: None)
+    taught, said = teacher(), list[str]()
+    hybrid = tiny_hybrid(teacher=copy.deepcopy(taught))
+    suite = dataclasses.replace(SUITE, lengths=(96, 256))
+    report = evaluate(taught, hybrid, family_of(taught.config), packed, byte_tokenizer(), suite, say=said.append)
+    assert "evaluate: held-out documents in windows of 96 left out, for no window is filled" in said
+    assert report["text"] == []
+    warnings = {w.name: w.text for w in verdict(report)}
+    assert "No held-out text fills a window of 96 tokens" in warnings["no-heldout-text"]
+    assert "no-heldout-text" not in unchecked(report)
 
 
 def test_rules_without_their_measurement_are_named() -> None:
