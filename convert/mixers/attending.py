@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -25,7 +26,9 @@ from ..rope import tables_in
 from ..window import Scores
 from .base import Mixer, MixerShape
 
-FUNCTION = "ssmorph_attending"
+# of this module alone: code saved beside weights may be loaded more than once, and calls are each module's own. A number,
+# since transformers reads "flash", "/" and "|" in such names
+FUNCTION = f"ssmorph_attending_{zlib.crc32(__name__.encode()):08x}"
 
 # queries [B, H, L, P], keys and values [B, G, L, P] and how scores are made, to what is attended, [B, L, H, P]
 Attend = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]

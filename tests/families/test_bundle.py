@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 
 import ssmorph.hf  # noqa: F401  registers the classes
 from ssmorph.convert import bundle
@@ -73,6 +73,32 @@ def test_a_saved_folder_names_its_code_once(tmp_path: Path) -> None:
     assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n# Written by ssmorph ")
     assert "plain torch" in text
     assert text == (tmp_path / "a" / load_bundle.BUNDLE).read_text()
+
+
+def remote(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What trust_remote_code loads from a folder, though the package is here."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder.parent / "cache"))
+    name = bundle.AUTO_MAP["AutoModelForCausalLM"]
+    model = dynamic_module_utils.get_class_from_dynamic_module(name, str(folder)).from_pretrained(folder)
+    assert type(model).__module__.startswith("transformers_modules.")
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["windowed_mamba2", "mamba2_heads"])
+def test_saved_code_and_the_package_run_side_by_side(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randint(0, 256, (1, 30), generator=torch.Generator().manual_seed(0))
+    models = [tiny_hybrid(kind)]
+    expected = models[0](x).logits
+    for name in ("flash-a", "b"):
+        models[0].save_pretrained(tmp_path / name)
+        assert "ssmorph_attending" not in (tmp_path / name / "config.json").read_text()
+        models.append(remote(tmp_path / name, monkeypatch))
+    assert len({type(model).__module__ for model in models}) == 3
+    for model in (*models, *models):
+        assert (model(x).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
