@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .capture import MixerCall, attention_rows, captured, first_hidden, layer_kwargs, run_layer
 from .families import FamilySpec
-from .headfit import HeadFit, balanced_basis, fit_heads
+from .headfit import HeadFit, balanced_basis, fit_heads, or_one
 from .linearise import fill_norm, open_gate, shrink_taps
 from .mixers import AttendingMixer, Mixer, ScanMixer, WindowedMixer, scan_of
 from .mixers.mamba2 import Mamba2Mixer
@@ -244,7 +244,7 @@ def _place_heads(
     B_BLGN, C_BLGN = torch.einsum("gnm,blgm->blgn", to_B, B_BLGN), torch.einsum("gnm,blgm->blgn", to_C, C_BLGN)
     head = fit_heads(C_BLGN[..., :-1], B_BLGN[..., :-1], x_BLHP, heads_BLHP, distance_H)
     gamma, beta = head.gamma_H.to(u_BLD.dtype), head.beta_H.to(u_BLD.dtype)
-    level_G = B_BLGN[..., :-1].square().mean((0, 1, 3)).sqrt()
+    level_G = or_one(B_BLGN[..., :-1].square().mean((0, 1, 3)).sqrt())
     for start, change in ((shape.inner, to_B), (shape.inner + state, to_C * gamma[:, None, None])):
         block = slice(start, start + state)
         for tensor in (rows, bias):

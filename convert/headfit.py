@@ -35,11 +35,12 @@ def balanced_basis(q_THN: Tensor, k_THN: Tensor) -> tuple[Tensor, Tensor]:
     """Transforms [H, N, N] of q and k that keep q.k and give both the same diagonal second moments, largest first.
 
     Balanced truncation: dropping the last coordinate is the least change of q.k for uncorrelated queries and keys.
+    A side that is zero throughout, as in a pruned head, stays so.
     """
     q, k = q_THN.double(), k_THN.double()
     moments = [torch.einsum("thn,thm->hnm", t, t) / t.shape[0] for t in (q, k)]
     eye = torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)
-    size = [m.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] for m in moments]
+    size = [or_one(m.diagonal(dim1=-2, dim2=-1).mean(-1))[:, None, None] for m in moments]
     root_q, root_k = (torch.linalg.cholesky(m + 1e-6 * s * eye) for m, s in zip(moments, size, strict=True))
     u, s, vh = torch.linalg.svd(root_q.transpose(-1, -2) @ root_k)
     shrink = s.rsqrt().unsqueeze(-1)
@@ -66,7 +67,8 @@ def _fit_decay(distance_H: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -
     regressors = [ssd(v, log_a_BLH, k, q)[0], ssd(v, log_a_BLH, ones, ones)[0], v]
     gram_HRR = torch.stack([torch.stack([_products(a, b) for b in regressors], -1) for a in regressors], -2)
     cross_HR = torch.stack([_products(a, o) for a in regressors], -1)
-    ridge = 1e-6 * gram_HRR.diagonal(dim1=-2, dim2=-1)
+    # a regressor that is zero throughout gets weight 0
+    ridge = 1e-6 * or_one(gram_HRR.diagonal(dim1=-2, dim2=-1))
     weights_HR = torch.linalg.solve(gram_HRR + torch.diag_embed(ridge), cross_HR)
     total_H = _products(o, o).clamp_min(1e-30)
     error_H = 1 - (weights_HR * cross_HR).sum(-1) / total_H
@@ -77,3 +79,8 @@ def _fit_decay(distance_H: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -
 def _products(a_BLHP: Tensor, b_BLHP: Tensor) -> Tensor:
     """Sum of products over tokens and channels, [H]: each window in its own precision, windows in float64."""
     return (a_BLHP * b_BLHP).sum((1, 3)).double().sum(0)
+
+
+def or_one(size: Tensor) -> Tensor:
+    """The sizes; 1 for what is zero, which nothing can be measured by."""
+    return size.where(size > 0, 1)

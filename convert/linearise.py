@@ -50,7 +50,9 @@ def shrink_taps(
     shape = mixer.shape
     blocks = shape.heads * [shape.head_dim] + 2 * shape.groups * [shape.state]
     sample_TC = F.linear(u_BLD, conv_rows(mixer), mixer.conv1d.bias).flatten(0, 1)
-    tap_S = torch.stack([level / _quantile(block) for block in sample_TC.split(blocks, dim=-1)]).double()
+    # what is zero throughout, as in a pruned head, is left as it is
+    large_S = torch.stack([_quantile(block) for block in sample_TC.split(blocks, dim=-1)])
+    tap_S = (level / large_S.where(large_S > 0, level).clamp_min(1e-12)).double()
     per_channel = tap_S.repeat_interleave(torch.tensor(blocks, device=tap_S.device)).to(u_BLD.dtype)
     mixer.conv1d.weight[:, 0, -1] = per_channel
     bias = conv_bias(mixer).mul_(per_channel)
@@ -61,7 +63,7 @@ def shrink_taps(
 
 def _quantile(values: Tensor) -> Tensor:
     flat = values.abs().flatten()
-    return flat.kthvalue(math.ceil(0.999 * flat.numel())).values.clamp_min(1e-12)
+    return flat.kthvalue(math.ceil(0.999 * flat.numel())).values
 
 
 def inverse_silu(value: Tensor) -> Tensor:
@@ -85,11 +87,13 @@ def fill_norm(mixer: Mamba2Mixer, inputs: Sequence[Tensor], heads: Sequence[Tens
     """Puts every head's mean square at `fill` x eps before the norm, and at the teacher's after it."""
     tokens = sum(u[..., 0].numel() for u in inputs) * mixer.shape.head_dim
     before_H = torch.stack([head_squares(mixer.gated(u), mixer.shape.heads) for u in inputs]).sum(0) / tokens
-    scale_scan(mixer, (fill * mixer.shape.eps / before_H.clamp_min(1e-300)).sqrt())
+    wanted = fill * mixer.shape.eps
+    # a head without values says nothing at any scale
+    scale_scan(mixer, (wanted / before_H.where(before_H > 0, wanted)).sqrt())
     mixer.norm.weight.fill_(1)
     own_H = torch.stack([head_squares(mixer.features(u), mixer.shape.heads) for u in inputs]).sum(0)
     taught_H = torch.stack([head_squares(o, mixer.shape.heads) for o in heads]).sum(0)
-    ratio_H = (taught_H / own_H.clamp_min(1e-300)).sqrt().to(mixer.norm.weight.dtype)
+    ratio_H = (taught_H / own_H).where(own_H > 0, 0).sqrt().to(mixer.norm.weight.dtype)
     mixer.norm.weight.mul_(ratio_H.repeat_interleave(mixer.shape.head_dim))
 
 

@@ -95,6 +95,36 @@ def test_heads_made_of_the_model_are_recovered() -> None:
     assert float(fit.error_H.max()) < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["mamba2", "discrete_mamba2"])
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj"])
+def test_a_pruned_head_is_calibrated_too(kind: str, part: str) -> None:
+    teacher = tiny_teacher()
+    for layer in teacher.model.layers:
+        layer.self_attn.get_submodule(part).weight[:8] = 0
+    student = tiny_hybrid(kind, teacher=teacher)
+    fits = calibrate(teacher, student, LLAMA, windows(6), CalibrationOptions())
+    assert all(fit.accepted and fit.error < 1.0 for fit in fits)
+    for mixer in student.mixers().values():
+        assert all(bool(p.isfinite().all()) and float(p.detach().abs().max()) < 1e4 for p in mixer.parameters())
+    assert bool(student(windows(1)[0]).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_a_pruned_head_has_weight_zero_and_changes_no_other(dead: int) -> None:
+    """Without queries or keys a head averages, without values it says nothing."""
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 60, 3, 5, generator=g) for _ in range(3)]
+    o = torch.randn(2, 60, 3, 5, generator=g)
+    basis, fit = balanced_basis(*(t.flatten(0, 1) for t in parts[:2])), fit_heads(*parts, o)
+    parts[dead][:, :, 0] = 0
+    pruned_basis, pruned = balanced_basis(*(t.flatten(0, 1) for t in parts[:2])), fit_heads(*parts, o)
+    assert all(torch.equal(own[1:], other[1:]) for own, other in zip(pruned_basis, basis, strict=True))
+    assert all(torch.equal(own[1:], other[1:]) for own, other in zip(pruned, fit, strict=True))
+    assert all(bool(t.isfinite().all()) for t in (*pruned_basis, *pruned))
+    assert pruned.gamma_H[0] == 0
+    assert (pruned.beta_H[0] == pruned.delta_H[0] == 0) == (dead == 2)
+
+
 def test_attention_distance_is_unbiased_by_the_window() -> None:
     """Attention that is exactly geometric in the distance gives its own decay, also in a short window."""
     rate, length = 0.1, 40
