@@ -135,8 +135,16 @@ class SsmorphForCausalLM(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = False
 
     def __new__(cls, config: SsmorphConfig | None = None, *args: Any, **kwargs: Any) -> SsmorphForCausalLM:
-        # copy.deepcopy makes an instance of the hybrid's own class without a config
+        # blank_hybrid makes an instance of the hybrid's own class without a config
         return super().__new__(hybrid_class(config) if cls is SsmorphForCausalLM and config is not None else cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle and deepcopy: the hybrid's own class is made at run time and has no name to be found by."""
+        how = super().__reduce_ex__(protocol)
+        teacher_class = getattr(self, "teacher_class", None)
+        if teacher_class is None or type(self) is not _hybrid_class(teacher_class):
+            return how
+        return (blank_hybrid, (teacher_class,), *how[2:])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -210,6 +218,12 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
     }
     # transformers looks for the last among a class's own bases
     return type("SsmorphForCausalLM", (SsmorphForCausalLM, teacher_class, GenerationMixin), body)
+
+
+def blank_hybrid(teacher_class: Any) -> SsmorphForCausalLM:
+    """An instance without modules, for pickle to fill."""
+    hybrid = _hybrid_class(teacher_class)
+    return object.__new__(hybrid)
 
 
 def mixer_path(config: SsmorphConfig, layer: int) -> str:

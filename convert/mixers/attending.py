@@ -63,6 +63,11 @@ class AttendingMixer(Mixer):
         self.attention = attention
         self.out_name = out
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What pickle calls, maybe in a process that has made no mixer yet."""
+        super().__setstate__(state)
+        _register()
+
     @abstractmethod
     def answer(self, call: AttentionCall) -> Attend:
         """What stands for the softmax in one call of the attention."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 import ssmorph.hf  # noqa: F401  registers the classes
 from ssmorph.convert.cache import padding_mask, segments
+from ssmorph.convert.mixers.attending import FUNCTION
 from ssmorph.convert.modeling import hybrid_of
 from tests.models import tiny_hybrid, tiny_teacher
 
@@ -106,6 +108,18 @@ def test_a_copy_in_memory_is_the_model(kind: str) -> None:
     twin = copy.deepcopy(student)
     assert type(twin) is type(student)
     assert torch.equal(twin(tokens(1, 20)).logits, student(tokens(1, 20)).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mamba2", "windowed_mamba2", "mamba2_heads"])
+def test_a_whole_model_is_pickled(kind: str, tmp_path: Path) -> None:
+    student = tiny_hybrid(kind)
+    torch.save(student, tmp_path / "model.pt")
+    AttentionInterface._global_mapping.pop(FUNCTION, None)
+    for twin in (torch.load(tmp_path / "model.pt", weights_only=False), pickle.loads(pickle.dumps(student))):
+        assert type(twin) is type(student)
+        assert torch.equal(twin(tokens(1, 20)).logits, student(tokens(1, 20)).logits)
+        assert twin.config.to_dict() == student.config.to_dict()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_saved_code_and_the_package_run_side_by_side(
         assert "ssmorph_attending" not in (tmp_path / name / "config.json").read_text()
         models.append(remote(tmp_path / name, monkeypatch))
     assert len({type(model).__module__ for model in models}) == 3
-    for model in (*models, *models):
+    for model in (*models, *models, pickle.loads(pickle.dumps(models[1]))):
         assert (model(x).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
