@@ -26,8 +26,8 @@ from ..rope import tables_in
 from ..window import Scores
 from .base import Mixer, MixerShape
 
-# of this module alone: code saved beside weights may be loaded more than once, and calls are each module's own. A number,
-# since transformers reads "flash", "/" and "|" in such names
+# of this module alone: code saved beside weights may be loaded more than once, and calls are each module's own. In it a
+# number, since transformers reads "flash", "/" and "|" in such names
 FUNCTION = f"ssmorph_attending_{zlib.crc32(__name__.encode()):08x}"
 
 # queries [B, H, L, P], keys and values [B, G, L, P] and how scores are made, to what is attended, [B, L, H, P]

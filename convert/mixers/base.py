@@ -160,7 +160,7 @@ class ScanMixer(Mixer):
         if valid_BL is not None:
             hidden_BLD = hidden_BLD * valid_BL.unsqueeze(-1).to(hidden_BLD.dtype)
         gate, channels, decay = self._split(self.in_proj(hidden_BLD))
-        if cache is not None and cache.has_previous_state[0] and hidden_BLD.shape[1] == 1:
+        if cache is not None and hidden_BLD.shape[1] == 1 and self._is_a_step(channels, cache):
             y_BLHP = self._step(channels, decay, cache)
         else:
             y_BLHP = self._scan(channels, decay, valid_BL, segment_BL, cache)
@@ -234,6 +234,14 @@ class ScanMixer(Mixer):
             channels.new_zeros(channels.shape[0], keep, channels.shape[2]) if past is None else past.to(channels.dtype)
         )
         return torch.cat([before, channels[:, -keep:]], dim=1)[:, -keep:].clone()
+
+    def _is_a_step(self, channels: Tensor, cache: Any) -> bool:
+        """Whether a single token goes on from a state, and nobody asks for gradients, which `_step` has not."""
+        if not cache.has_previous_state[0]:
+            return False
+        return not torch.is_grad_enabled() or not any(
+            t.requires_grad for t in (channels, *cache.tensors(), *self.parameters())
+        )
 
     def _step(self, channels: Tensor, decay: Tensor, cache: Any) -> Tensor:
         weight_CK = self.conv1d.weight.squeeze(1)

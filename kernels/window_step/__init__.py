@@ -53,7 +53,9 @@ def window_step(
     unfit = None
     if held.k_BGRP.dtype != torch.float32:
         unfit = f"native code holds float32, not {held.k_BGRP.dtype}"
-    elif torch.is_grad_enabled() and q_BHP.requires_grad:
+    elif torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in (q_BHP, k_BGP, v_BGP, *held, *(far or ()))
+    ):
         unfit = "native code has no gradients of a single step"
     step = BACKENDS.load(backend, q_BHP.device, {"native": unfit})
     answer, after, state_BGQN = step(held, q_BHP, k_BGP, v_BGP, valid_B, scale, softcap, far)

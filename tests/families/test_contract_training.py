@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments, pipeline
 import ssmorph.hf  # noqa: F401  registers the classes
 from ssmorph.convert.tiny import byte_tokenizer
 from tests.families.hybrids import KINDS, close, some_layers, tokens
+from tests.models import WINDOWED_HEADS
 
 FAMILIES = ("llama", "gemma3")
 ON_BOTH = [(row, kind) for row in FAMILIES for kind in KINDS]
@@ -34,6 +35,25 @@ def test_trainer_lowers_the_loss(row: str, kind: str, tmp_path: Path) -> None:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        *((kind, part) for kind in (*KINDS, "windowed_mamba2", "mamba2_heads") for part in ("", "layers.3.")),
+        *((kind, "layers.3.self_attn.state.") for kind in ("windowed_mamba2", WINDOWED_HEADS)),
+    ],
+)
+def test_one_token_behind_a_cache_has_the_gradients_of_the_whole(kind: str, part: str) -> None:
+    """Of all parameters, and of one layer's alone, whose inputs then have none."""
+    model, x = some_layers("llama", kind), tokens(2, 21)
+    own = {name: p.requires_grad_() for name, p in model.named_parameters() if part in name}
+    cache = model(x[:, :20], use_cache=True).past_key_values
+    both = model(x[:, 20:], past_key_values=cache).logits, model(x, use_cache=False).logits[:, 20:]
+    found = [torch.autograd.grad(logits.square().mean(), list(own.values()), allow_unused=True) for logits in both]
+    for name, gradient, expected in zip(own, *found, strict=True):
+        assert (gradient is None) == (expected is None), name
+        assert expected is None or (gradient - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-9, name
 
 
 # PEFT asks for transformers' old name of it
