@@ -32,7 +32,13 @@ from .mixers import Mixer, MixerShape, State, make_mixer
 from .mixers.mamba2 import GatedNorm
 
 # what the hybrid's config and the teacher's, nested in it, both say
-SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "output_hidden_states")
+# what each says of itself; all else that the teacher's has is the teacher's
+OWN = frozenset((
+    "text_config", "converted", "places", "ssmorph_version", "model_type", "architectures", "auto_map", "dtype",
+    "transformers_version", "quantization_config", "is_encoder_decoder", "id2label", "label2id", "problem_type",
+    "return_dict",
+))  # fmt: skip
 
 
 class SsmorphConfig(PreTrainedConfig):
@@ -56,8 +62,14 @@ class SsmorphConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**self.text_config)
         if self.text_config is not None:
             for name in SHARED:
-                if hasattr(self.text_config, name):
+                # set before there was a teacher's config
+                said = self.__dict__.get(name)
+                if said is not None and said != getattr(type(self), name, None):
+                    kwargs.setdefault(name, said)
+                elif hasattr(self.text_config, name):
                     kwargs.setdefault(name, getattr(self.text_config, name))
+            kwargs.setdefault("output_attentions", self.text_config.output_attentions)
+            self.text_config._output_attentions = kwargs["output_attentions"]
             # the base class writes the outer choice of attention into the nested config, an absent one too
             kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
         for name in SHARED:
@@ -73,10 +85,23 @@ class SsmorphConfig(PreTrainedConfig):
             raise fail("config.model_type", f"must be {cls.model_type}", kind, "Load it with AutoModelForCausalLM.")
         return super().from_dict(config_dict, **kwargs)
 
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Nothing to do: the teacher's config has converted its own."""
+        return kwargs
+
+    def is_the_teachers(self, name: str) -> bool:
+        """Whether a setting is one of the teacher's config, whose class reads it there."""
+        teacher = self.__dict__.get("text_config")
+        if not isinstance(teacher, PreTrainedConfig) or name in OWN or name.startswith("_"):
+            return False
+        return name in teacher.__dict__ or name in teacher.attribute_map or name in (*SHARED, "output_attentions")
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """What both configs say is changed in both: the teacher's class reads its own."""
-        super().__setattr__(name, value)
-        if name in SHARED and isinstance(self.__dict__.get("text_config"), PreTrainedConfig):
+        """What the teacher's config says is changed there, and what both say in both."""
+        theirs = self.is_the_teachers(name)
+        if not theirs or name in SHARED or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        if theirs:
             setattr(self.text_config, name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -153,6 +178,8 @@ class SsmorphForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(config, SsmorphConfig):
             keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             config = SsmorphConfig.from_pretrained(config or path, **{k: kwargs[k] for k in keys if k in kwargs})
+            for name in [k for k in kwargs if config.is_the_teachers(k)]:
+                setattr(config, name, kwargs.pop(name))
         kwargs.setdefault("use_safetensors", True)
         target = hybrid_class(config) if cls is SsmorphForCausalLM else cls
         return super(SsmorphForCausalLM, target).from_pretrained(path, *args, config=config, **kwargs)
