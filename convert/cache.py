@@ -215,6 +215,43 @@ def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
     return diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
 
 
+def check_mask(mask_BHLS: Tensor, position_ids: Tensor | None, reach: int | None) -> None:
+    """What a caller gives as a mask of four dimensions is asked for padding alone; this refuses what says more.
+
+    Args:
+        reach: tokens that a sliding window of the teacher's holds, which a mask may have in it; None for none.
+
+    Raises:
+        ValueError: a real token does not see just the real ones of its document up to itself.
+    """
+    length = mask_BHLS.shape[2]
+    held = mask_BHLS.shape[3] - length
+    sees_BHLS = mask_BHLS
+    if mask_BHLS.dtype != torch.bool:
+        sees_BHLS = mask_BHLS > torch.finfo(mask_BHLS.dtype).min / 2
+    valid_BL = padding_mask(mask_BHLS, length)
+    assert valid_BL is not None
+    # of what the cache has, padding is what nobody sees
+    held_BS = (sees_BHLS[:, 0, :, :held] & valid_BL.unsqueeze(-1)).any(1)
+    gap_LS = torch.arange(held, held + length, device=valid_BL.device).unsqueeze(-1)
+    gap_LS = gap_LS - torch.arange(held + length, device=valid_BL.device)
+    due_BLS = (gap_LS >= 0) & torch.cat([held_BS, valid_BL], 1).unsqueeze(1)
+    segment_BL = segments(position_ids, valid_BL)
+    if segment_BL is not None:
+        due_BLS = due_BLS & (segment_BL.unsqueeze(-1) == torch.nn.functional.pad(segment_BL, (held, 0)).unsqueeze(1))
+    wrong_BHLS = (sees_BHLS != due_BLS.unsqueeze(1)) & valid_BL[:, None, :, None]
+    if reach is not None:
+        wrong_BHLS = wrong_BHLS & (sees_BHLS | (gap_LS < reach))
+    if bool(wrong_BHLS.any()):
+        row, head, query, key = wrong_BHLS.nonzero()[0].tolist()
+        verb = "sees" if sees_BHLS[row, head, query, key] else "does not see"
+        raise fail(
+            "attention_mask", "must be causal where it has four dimensions, but for padding and documents",
+            f"row {row} where token {held + query} {verb} {key}",
+            "Give position_ids that start over at each document, and [batch, tokens] for padding.",
+        )  # fmt: skip
+
+
 def segments(position_ids: Tensor | None, valid_BL: Tensor | None = None) -> Tensor | None:
     """Document of each token, [B, L], from the places where positions start over; None where none does.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import fail
 from .bundle import write_bundle
+from .cache import check_mask
 from .families import family_of
 from .mixers import Mixer, MixerShape, State, make_mixer
 from .mixers.mamba2 import GatedNorm
@@ -227,6 +228,8 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
         for index, (kind, shape) in config.layers().items():
             attention = self.get_submodule(mixer_path(config, index))
             set_mixer(self, config, index, make_mixer(kind, shape, index, attention, *names))
+        if config.layers():
+            self.base_model.register_forward_pre_hook(_check_masks, with_kwargs=True)
 
     @torch.no_grad()
     def _init_weights(self: Any, module: nn.Module) -> None:
@@ -245,6 +248,16 @@ def _hybrid_class(teacher_class: type[PreTrainedModel]) -> type[SsmorphForCausal
     }
     # transformers looks for the last among a class's own bases
     return type("SsmorphForCausalLM", (SsmorphForCausalLM, teacher_class, GenerationMixin), body)
+
+
+def _check_masks(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Looks at what a caller gives as masks: mixers cannot tell it from what the decoder makes of [batch, tokens]."""
+    del args
+    masks, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    for mask in masks.values() if isinstance(masks, dict) else (masks,):
+        # for a cache that compiles `generate` makes masks of its fixed size; mixers refuse it
+        if isinstance(mask, Tensor) and mask.dim() == 4 and not getattr(cache, "is_compileable", False):
+            check_mask(mask, kwargs.get("position_ids"), getattr(decoder.config, "sliding_window", None))
 
 
 def blank_hybrid(teacher_class: Any) -> SsmorphForCausalLM:
