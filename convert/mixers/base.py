@@ -107,6 +107,15 @@ class Mixer(nn.Module, ABC):
         """A cache as large as it is after `tokens` tokens of one row, for measurements of speed and bytes."""
 
 
+class Taps(nn.Conv1d):
+    """Holds the convolution under the name stock checkpoints use; read in its own forward, the only time at which
+    offloaded weights are present."""
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """Weight, [C, K], and bias."""
+        return self.weight.squeeze(1), self.bias
+
+
 class ScanMixer(Mixer):
     """A Mamba-2 layer: all it remembers is a state.
 
@@ -119,7 +128,7 @@ class ScanMixer(Mixer):
         super().__init__(shape, layer_idx)
         self.in_proj = nn.Linear(shape.hidden, projected, bias=False)
         channels = shape.conv_channels
-        self.conv1d = nn.Conv1d(channels, channels, shape.conv_kernel, groups=channels, padding=shape.conv_kernel - 1)
+        self.conv1d = Taps(channels, channels, shape.conv_kernel, groups=channels, padding=shape.conv_kernel - 1)
         self.D = nn.Parameter(torch.zeros(shape.heads))
         self.out_proj = nn.Linear(shape.inner, shape.hidden, bias=shape.out_bias)
 
@@ -184,10 +193,8 @@ class ScanMixer(Mixer):
         return self._scan_inputs(self._convolve(channels), decay, None)
 
     def _convolve(self, channels: Tensor, past: Tensor | None = None, segment_BL: Tensor | None = None) -> Tensor:
-        weight_CK = self.conv1d.weight.squeeze(1)
-        return causal_conv(
-            channels, weight_CK, self.conv1d.bias, silu=self.conv_silu, past_BKC=past, segment_BL=segment_BL
-        )
+        weight_CK, bias_C = self.conv1d()
+        return causal_conv(channels, weight_CK, bias_C, silu=self.conv_silu, past_BKC=past, segment_BL=segment_BL)
 
     def _scan_inputs(self, convolved: Tensor, decay: Tensor, valid_BL: Tensor | None) -> ScanInputs:
         shape = self.shape
@@ -244,9 +251,9 @@ class ScanMixer(Mixer):
         )
 
     def _step(self, channels: Tensor, decay: Tensor, cache: Any) -> Tensor:
-        weight_CK = self.conv1d.weight.squeeze(1)
+        weight_CK, bias_C = self.conv1d()
         past_BKC, state_BHPN = cache.conv_states[0], cache.recurrent_states[0]
-        convolved = causal_conv_step(past_BKC, channels[:, 0], weight_CK, self.conv1d.bias, silu=self.conv_silu)
+        convolved = causal_conv_step(past_BKC, channels[:, 0], weight_CK, bias_C, silu=self.conv_silu)
         s = self._scan_inputs(convolved.unsqueeze(1), decay, None)
         w_BH = None if s.w_BLH is None else s.w_BLH[:, 0]
         y_BHP = ssd_step(

@@ -32,6 +32,10 @@ class RestMixer(Mamba2Mixer):
         super().__init__(shape, layer_idx)
         del self.out_proj
 
+    def forward(self, *arguments: Any) -> Tensor:  # type: ignore[override]
+        """What enters the attention's output projection in these heads' places; as `features`."""
+        return self.features(*arguments)
+
 
 def trim(projection: nn.Module, heads: Sequence[int], width: int) -> None:
     """Leaves a projection the rows of `heads`, in place."""
@@ -76,9 +80,7 @@ class HeadsMixer(AttendingMixer):
         if segment_BL is not None:
             segment_BL = segment_BL.expand(hidden_BLD.shape[0], -1)
         if self.scan is not None:
-            features_BLRP = self.scan.features(hidden_BLD, valid_BL, segment_BL, cache).unflatten(
-                -1, (len(self.rest), -1)
-            )
+            features_BLRP = self.scan(hidden_BLD, valid_BL, segment_BL, cache).unflatten(-1, (len(self.rest), -1))
             places = dict(zip(self.rest, features_BLRP.unbind(2), strict=True))
 
         def attend(q_BHLP: Tensor, k_BGLP: Tensor, v_BGLP: Tensor, scores: Scores) -> Tensor:

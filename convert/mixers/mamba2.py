@@ -16,11 +16,15 @@ from .base import MixerShape, ScanMixer
 
 
 class GatedNorm(nn.Module):
-    """Holds the norm's weight under the name stock checkpoints use."""
+    """The norm, its weight under the name stock checkpoints use."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, y_BLE: Tensor, gate_BLE: Tensor, groups: int, eps: float) -> Tensor:
+        """RMSNorm_group(y silu(z)), [B, L, E]."""
+        return gated_group_norm(y_BLE, gate_BLE, self.weight, groups=groups, eps=eps)
 
 
 class Mamba2Mixer(ScanMixer):
@@ -44,7 +48,7 @@ class Mamba2Mixer(ScanMixer):
         return -dt_BLH * self.A_log.float().exp(), dt_BLH
 
     def _finish(self, y_BLE: Tensor, gate_BLE: Tensor) -> Tensor:
-        return gated_group_norm(y_BLE, gate_BLE, self.norm.weight, groups=self.shape.groups, eps=self.shape.eps)
+        return self.norm(y_BLE, gate_BLE, self.shape.groups, self.shape.eps)
 
     def gated(self, hidden_BLD: Tensor) -> Tensor:
         """The scan's output times silu(z), before the norm; [B, L, E]."""

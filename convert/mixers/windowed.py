@@ -16,6 +16,8 @@ prototypes.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +36,19 @@ from .base import MixerShape
 HEADROOM = 30.0
 
 
+class StateTensors(NamedTuple):
+    """The parameters of a state."""
+
+    key_map: Tensor
+    key_bias: Tensor
+    query_map: Tensor
+    query_bias: Tensor
+    dt_map: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    gate: Tensor
+
+
 class State(nn.Module):
     """The parameters of the state: where keys write, where queries read, step and decay, and how far it is heard."""
 
@@ -48,6 +63,11 @@ class State(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(groups))
         self.A_log = nn.Parameter(torch.zeros(groups))
         self.gate = nn.Parameter(torch.zeros(heads))
+
+    def forward(self) -> StateTensors:
+        """All of them; read here, where offloaded weights are present."""
+        return StateTensors(self.key_map, self.key_bias, self.query_map, self.query_bias, self.dt_map, self.dt_bias,
+                            self.A_log, self.gate)  # fmt: skip
 
 
 class WindowedMixer(AttendingMixer):
@@ -154,12 +174,12 @@ class WindowedMixer(AttendingMixer):
         tables: Tables | None,
     ) -> tuple[Tensor, Held, Tensor | None]:
         """What `_near_and_far` answers, what is held and the state, for one token of the text that is held."""
-        far, own = None, self.state
-        if own is not None:
+        far = None
+        if self.state is not None:
             assert state_BGQN is not None
             assert tables is not None or not self.shape.turned
-            far = Far(state_BGQN, own.key_map, own.key_bias, own.query_map, own.query_bias, own.dt_map, own.dt_bias,
-                      own.A_log, own.gate, HEADROOM, tables if self.shape.turned else None)  # fmt: skip
+            own: StateTensors = self.state()
+            far = Far(state_BGQN, *own, HEADROOM, tables if self.shape.turned else None)
         q_BHP, k_BGP, v_BGP = (t.squeeze(2) for t in qkv)
         valid_B = None if valid_B1 is None else valid_B1.squeeze(1)
         answer_BHP, held, state_BGQN = window_step(
@@ -189,8 +209,9 @@ class WindowedMixer(AttendingMixer):
             The factor by which the window's sums shrink where a prototype outweighs them; the far values and their
             mass, [B, H, L, P + 1]; the state after the last token, [B, G, P + 1, N], float32.
         """
-        left, own = window.leaving(), self.state
-        assert own is not None
+        assert self.state is not None
+        left = window.leaving()
+        own: StateTensors = self.state()
         q_BHLP, k_BGLP = self.placeless(q_BHLP, tables), self.placeless(left.k_BGLP, tables)
         repeat = self.window_shape.heads // self.window_shape.groups
         logits_BHLN = torch.einsum("bhlp,hnp->bhln", q_BHLP, own.query_map.float())

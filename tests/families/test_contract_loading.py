@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ssmorph.hf  # noqa: F401  registers the classes
-from tests.families.hybrids import EACH, some_layers, tokens
+from tests.families.hybrids import EACH, KINDS, close, some_layers, tokens
+from tests.models import WINDOWED_HEADS
 
 
 @pytest.fixture(scope="module", params=EACH, ids="-".join)
@@ -73,3 +74,19 @@ def test_a_resized_vocabulary_is_saved_and_loaded(hybrid: Any, saved: Path, tmp_
     assert loaded.config.vocab_size == 270
     assert tied(loaded) == hybrid.config.tie_word_embeddings
     assert torch.equal(loaded(tokens(2, 12)).logits, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KINDS, "windowed_mamba2", "mamba2_heads", WINDOWED_HEADS])
+def test_layers_may_stay_on_disk(kind: str, tmp_path: Path) -> None:
+    hybrid, x = some_layers("llama", kind), tokens(1, 20)
+    hybrid.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(("lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu")
+    places |= {f"model.layers.{i}": "disk" if i in (1, 3) else "cpu" for i in range(4)}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert any(p.device.type == "meta" for p in loaded.mixers()[1].parameters())
+    assert close(loaded(x).logits, hybrid(x).logits)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(loaded.generate(x, **options), hybrid.generate(x, **options))
