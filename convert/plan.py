@@ -34,7 +34,7 @@ def strategy_of(layers: str | tuple[int, ...]) -> Strategy | None:
     if not isinstance(layers, str):
         return None
     name, dash, count = layers.partition("-")
-    if name in UNSCORED + SCORED and count.isdecimal() and int(count) > 0:
+    if name in UNSCORED + SCORED and count.isdecimal():
         return Strategy(name, int(count))
     return Strategy(name, None) if name in SCORED and not dash else None
 

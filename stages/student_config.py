@@ -50,6 +50,9 @@ class StudentConfig:
                 repr(self.layers),
                 "Use 'uniform-15'.",
             )
+            strategy = strategy_of(self.layers)
+            some = strategy is None or strategy.layers != 0
+            require(some, "student.layers", "needs a layer to convert", self.layers, "Use 'uniform-15'.")
         else:
             require(len(self.layers) > 0, "student.layers", "needs a layer to convert", [], "Use 'uniform-15'.")
             unique = len(set(self.layers)) == len(self.layers) and min(self.layers, default=0) >= 0
