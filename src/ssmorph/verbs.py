@@ -217,7 +217,7 @@ def export(source: str | Path, out: str | Path | None = None, say: Callable[[str
 
 
 def pack(out: str | Path, teacher: str, *sources: str, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Tokenises and packs text into memory-mapped shards, for inspection or for use by several runs.
+    """Tokenises and packs text into memory-mapped shards, for inspection.
 
     Raises:
         ValueError: a mistake in sources, teacher or disk, or an `out` that is something else.
