@@ -73,23 +73,38 @@ class _Stop(Exception):
 
 
 def layer_kwargs(model: nn.Module, spec: FamilySpec, tokens_BL: Tensor) -> list[dict[str, Any]]:
-    """The keyword arguments every decoder layer gets for windows of this shape: masks, RoPE, no hidden states."""
+    """The keyword arguments every decoder layer gets for windows of this shape: masks, RoPE, no hidden states.
+
+    They do not depend on what layers compute, so the first alone does, which shows what a layer returns.
+    """
     layers = spec.decoder_layers(model)
     seen: list[dict[str, Any]] = [{} for _ in layers]
+    others: list[tuple[Any, ...] | None] = []
 
-    def keep(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+    def passing(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def passed(*args: Any, **kwargs: Any) -> Any:
             seen[index] = {k: v for k, v in kwargs.items() if k not in OWN}
+            hidden_BLD = args[0] if args else kwargs["hidden_states"]
+            if not others:
+                out = forward(*args, **kwargs)
+                others.append(out[1:] if isinstance(out, tuple) else None)
+            return hidden_BLD if others[0] is None else (hidden_BLD, *others[0])
 
-        return hook
+        return passed
 
-    handles = [layer.register_forward_pre_hook(keep(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    # accelerate's offloading, for one, has set another on the layer itself
+    own = [vars(layer).get("forward") for layer in layers]
     try:
+        for index, layer in enumerate(layers):
+            layer.forward = passing(index, layer.forward)
         with torch.no_grad():
             model(tokens_BL, use_cache=False, logits_to_keep=1)
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is not None:
+                layer.forward = forward
+            else:
+                vars(layer).pop("forward", None)
     return seen
 
 

@@ -64,14 +64,29 @@ def fit_state(
             mixer.state.A_log.fill_(-math.log(distance))
             shrink, far, _ = mixer.far(q, window, near.top_BHL, scores, None, tables)
             values, mass = near.values_BHLP * shrink.unsqueeze(-1), near.mass_BHL * shrink
-            for error_H, gate in zip(error_VH, gates_V, strict=True):
-                own = (values + gate * far[..., :-1]) / (mass + gate * far[..., -1]).unsqueeze(-1)
-                error_H += (own - target).double().square().sum((0, 2, 3))
+            error_VH += gate_errors(values, mass, far, target, gates_V)
     best_RH, gate_RH = error_RVH.min(1)
     chosen_G = best_RH.unflatten(1, (groups, -1)).sum(-1).argmin(0)
     chosen_H = chosen_G.repeat_interleave(heads // groups)
     mixer.state.A_log.copy_(-torch.tensor(DISTANCES, device=device)[chosen_G].log())
     mixer.state.gate.copy_(gates_V[gate_RH.gather(0, chosen_H[None])[0]])
+
+
+def gate_errors(near_BHLP: Tensor, mass_BHL: Tensor, far_BHLQ: Tensor, target_BHLP: Tensor, gates_V: Tensor) -> Tensor:
+    """Squared errors of (near + gate far) / (mass + gate far's mass) for all gates, [V, H], float64.
+
+    Expanded, so that a gate costs a few numbers for each token instead of all of its channels.
+    """
+    near, far, target = near_BHLP.double(), far_BHLQ[..., :-1].double(), target_BHLP.double()
+    near_near, near_far, far_far = ((a * b).sum(-1) for a, b in ((near, near), (near, far), (far, far)))
+    near_target, far_target, target_target = ((a * target).sum(-1) for a in (near, far, target))
+    mass, far_mass = mass_BHL.double(), far_BHLQ[..., -1].double()
+    errors = []
+    for gate in gates_V.double():
+        total = mass + gate * far_mass
+        square = (near_near + 2 * gate * near_far + gate.square() * far_far) / total.square()
+        errors.append((square - 2 * (near_target + gate * far_target) / total + target_target).sum((0, 2)))
+    return torch.stack(errors)
 
 
 def attended(mixer: WindowedMixer, hidden_BLD: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -119,31 +134,33 @@ def prototypes(k_GTP: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     A centre that no key is closest to stays where it was.
     """
-    centres = _spread_keys(k_GTP, count)
+    square_GT1 = k_GTP.square().sum(-1, keepdim=True)
+    centres = _spread_keys(k_GTP, square_GT1, count)
     for _ in range(ROUNDS):
-        nearest_GT = _distances(k_GTP, centres).argmin(-1)
+        nearest_GT = _distances(k_GTP, square_GT1, centres).argmin(-1)
         member_GTN = F.one_hot(nearest_GT, count).to(k_GTP.dtype)
         size_GN1 = member_GTN.sum(1).unsqueeze(-1)
         means = member_GTN.transpose(1, 2) @ k_GTP / size_GN1.clamp_min(1)
         centres = torch.where(size_GN1 > 0, means, centres)
-    return centres, _distances(k_GTP, centres).amin(-1).mean(-1).clamp_min(0)
+    return centres, _distances(k_GTP, square_GT1, centres).amin(-1).mean(-1).clamp_min(0)
 
 
-def _spread_keys(k_GTP: Tensor, count: int) -> Tensor:
+def _spread_keys(k_GTP: Tensor, square_GT1: Tensor, count: int) -> Tensor:
     """Keys to start from, [G, N, P]: drawn by squared distance to those before [Arthur, Vassilvitskii, 2007]."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.arange(len(k_GTP), device=k_GTP.device)
     chosen = [k_GTP[:, 0]]
     apart_GT = k_GTP.new_full(k_GTP.shape[:2], math.inf)
     for _ in range(count - 1):
-        apart_GT = torch.minimum(apart_GT, _distances(k_GTP, chosen[-1].unsqueeze(1))[..., 0].clamp_min(0))
+        new_GT = _distances(k_GTP, square_GT1, chosen[-1].unsqueeze(1))[..., 0]
+        apart_GT = torch.minimum(apart_GT, new_GT.clamp_min(0))
         odds_GT = apart_GT.double().cpu() + 1e-30
         drawn_G = torch.multinomial(odds_GT, 1, generator=generator)[:, 0].to(k_GTP.device)
         chosen.append(k_GTP[groups, drawn_G])
     return torch.stack(chosen, dim=1)
 
 
-def _distances(k_GTP: Tensor, centres_GNP: Tensor) -> Tensor:
-    """Squared distances, [G, T, N]."""
+def _distances(k_GTP: Tensor, square_GT1: Tensor, centres_GNP: Tensor) -> Tensor:
+    """Squared distances of keys, whose squared lengths are known, [G, T, N]."""
     cross = k_GTP @ centres_GNP.transpose(1, 2)
-    return k_GTP.square().sum(-1, keepdim=True) - 2 * cross + centres_GNP.square().sum(-1).unsqueeze(1)
+    return square_GT1 - 2 * cross + centres_GNP.square().sum(-1).unsqueeze(1)

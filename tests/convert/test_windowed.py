@@ -17,7 +17,7 @@ from ssmorph.convert.mixers import MIXERS, WindowedMixer, has_window, keeps_atte
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.plan import cache_bytes
 from ssmorph.convert.surgery import MixerChoice, start_mixer
-from ssmorph.convert.windowfit import attended, prototypes
+from ssmorph.convert.windowfit import attended, gate_errors, prototypes
 from ssmorph.errors import UserError
 from ssmorph.kernels.common.rope import turned, turned_back
 from ssmorph.stages.controls import windowed
@@ -156,6 +156,17 @@ def test_prototypes_are_the_centres_of_what_is_apart() -> None:
     assert torch.equal(found, prototypes(keys, 8)[0])
     # more prototypes than keys
     assert prototypes(keys[:, :3], 8)[0].isfinite().all()
+
+
+def test_errors_of_gates_are_those_of_their_outputs() -> None:
+    generator = torch.Generator().manual_seed(4)
+    near, target = (torch.randn(2, 3, 40, 5, generator=generator) for _ in range(2))
+    mass, far = 1 + torch.rand(2, 3, 40, generator=generator), torch.randn(2, 3, 40, 6, generator=generator)
+    far[..., -1].abs_()
+    gates = torch.tensor([0.0, 0.25, 3.0])
+    own = [(near + g * far[..., :-1]) / (mass + g * far[..., -1]).unsqueeze(-1) for g in gates]
+    expected = torch.stack([(o - target).double().square().sum((0, 2, 3)) for o in own])
+    torch.testing.assert_close(gate_errors(near, mass, far, target, gates), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["windowed_mamba2", "window"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from ssmorph.convert.capture import attention_rows, captured
+from ssmorph.convert.capture import OWN, attention_rows, captured, layer_kwargs
 from ssmorph.convert.families import FAMILIES, family_of
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import expand_kv
@@ -86,3 +88,47 @@ def test_zero_layers_converted_is_the_teacher_bit_for_bit(row: str) -> None:
     student = hybrid_of(teacher, {}, "test")
     x = tokens(2, 30)
     assert torch.equal(student(x).logits, teacher(x).logits)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal: tensors, tuples of them, or what has an equality of its own."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choice", [{}, {"attn_implementation": "eager"}], ids=["default", "eager"])
+@pytest.mark.parametrize("row", ROWS)
+def test_layers_get_the_same_arguments_without_being_run(row: str, choice: dict[str, str]) -> None:
+    teacher, x = family_teacher(row, **choice), tokens(2, LENGTH)
+    layers = family_of(teacher.config).decoder_layers(teacher)
+    logits, found = teacher(x).logits, layer_kwargs(teacher, family_of(teacher.config), x)
+    seen: dict[Any, dict[str, Any]] = {}
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda m, _args, kwargs: seen.update({m: kwargs}), with_kwargs=True)
+    assert torch.equal(teacher(x, use_cache=False).logits, logits)
+    for layer, kwargs in zip(layers, found, strict=True):
+        expected = {name: value for name, value in seen[layer].items() if name not in OWN}
+        assert kwargs.keys() == expected.keys()
+        assert all(same(kwargs[name], expected[name]) for name in kwargs)
+
+
+@torch.no_grad()
+def test_a_forward_that_a_layer_has_of_its_own_is_given_back() -> None:
+    teacher = family_teacher("llama")
+    spec = family_of(teacher.config)
+    layer, other, *_ = spec.decoder_layers(teacher)
+    runs: list[int] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        runs.append(1)
+        return type(layer).forward(layer, *args, **kwargs)
+
+    layer.forward = forward
+    layer_kwargs(teacher, spec, tokens(1, 8))
+    assert vars(layer)["forward"] is forward
+    assert "forward" not in vars(other)
+    assert len(runs) == 1
