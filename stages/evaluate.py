@@ -156,20 +156,24 @@ def heldout_sets(data: PackedData, length: int, suite: Suite) -> list[tuple[str,
 
 
 def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, tokens: int, seed: int) -> list[Candidate]:
-    """The copy, no attention, and windows: the mixer's own, and of `tokens`."""
+    """The copy, no attention, and windows: the mixer's own, and of `tokens`.
+
+    A window alone is what a mixer with one starts from, unless it keeps heads whole: then there is no other copy.
+    """
     mixers = hybrid.mixers()
     layers = sorted(mixers)
-    torch.manual_seed(seed)
-    copies = {i: start_mixer(teacher, spec, i, MixerChoice.of(m)) for i, m in mixers.items()}
     own = own_window(next(iter(mixers.values())))
-    shorter = []
+    starts = []
+    if own is None or any(mixer.shape.kept for mixer in mixers.values()):
+        torch.manual_seed(seed)
+        copies = {i: start_mixer(teacher, spec, i, MixerChoice.of(m)) for i, m in mixers.items()}
+        starts.append(Candidate("copy", hybrid_of(teacher, copies, "control")))
     if own is not None:
         cut = partial(windowed, teacher, spec, layers, sum(own), own[1])
-        shorter.append(Candidate("own_window", teacher, cut))
+        starts.append(Candidate("own_window", teacher, cut))
     return [
-        Candidate("copy", hybrid_of(teacher, copies, "control")),
+        *starts,
         Candidate("removed", teacher, partial(removed, teacher, spec, layers)),
-        *shorter,
         Candidate("window", teacher, partial(windowed, teacher, spec, layers, tokens)),
     ]
 

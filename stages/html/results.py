@@ -31,16 +31,20 @@ def controls(run: RunFiles) -> Html | None:
     window, first = run.report["window_control"], run.report["text"][0]["models"]
     lead = (
         "KL and top-1 come first: adapting to a domain can hide damage in perplexity. Controls are at the same layers"
-        " and untrained unless their name says more. The copy has the attention's own weights, before calibration."
+        " and untrained unless their name says more. A copy has the attention's own weights, before calibration."
     )
     notes = [paragraph(lead)]
     if "window" in first:
         tokens, sinks = window["tokens"], window["sinks"]
         notes.append(paragraph(f"E sees {tokens} tokens, {sinks} of them the first,{same_bytes(run.report)}."))
+    window_alone = "own_window" in first
     absent = [n for n in ("copy", "removed", "window") if n not in first]
+    if window_alone and "copy" in absent:
+        absent.remove("copy")
+        notes.append(paragraph("The copy is W: a state behind a window answers nothing before calibration."))
     if absent:
         notes.append(paragraph(f"Not measured: {', '.join(NAMES[n] for n in absent)}.", "missing"))
-    if "own_window" not in first:
+    if not window_alone:
         notes.append(paragraph("Not measured: W, since these mixers keep no window of their own.", "missing"))
     return join([*notes, *parts])
 

@@ -33,6 +33,9 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_both_windows_are_trained_on_what_the_hybrid_was(windowed: Path) -> None:
     found = rows(windowed)
     assert {"own_window", "own_window_trained", "window", "window_trained"} <= found.keys()
+    # its state answers nothing, so the copy is the window alone
+    assert "copy" not in found
+    assert "The copy is W" in verbs.report(windowed).read_text()
     for name in ("own_window", "window"):
         assert found[f"{name}_trained"]["kl"] != pytest.approx(found[name]["kl"], rel=1e-3)
     for name, tokens in (("own_window_trained", 12), ("window_trained", 12 + 4)):
@@ -59,6 +62,7 @@ def test_a_mixer_without_a_window_has_one_rival_that_aligns_outputs_where_it_ali
     found = rows(run)
     assert "window_trained" in found
     assert "own_window_trained" not in found
+    assert "copy" in found
     assert [p.name for p in sorted((run / "rivals" / "window_trained").glob("[0-9]-*"))] == [
         "0-surgery", "1-calibrate", "2-hidden", "3-hidden", "4-logits"
     ]  # fmt: skip
