@@ -1,4 +1,7 @@
-"""One document to tokens: plain text, or a conversation through the tokenizer's template with loss on the answers."""
+"""One document to tokens: plain text, or a conversation through the tokenizer's template with loss on the answers.
+
+And what stands before a text: some models saw a start token there in all of their training, and are lost without it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,12 @@ class Encoded(NamedTuple):
 
     tokens: list[int]
     loss: list[bool]
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """The token that this tokenizer puts before a text, if it does."""
+    start = tokenizer.bos_token_id
+    return [start] if start is not None and tokenizer("a").input_ids[:1] == [start] else []
 
 
 def encode(document: Document, tokenizer: Any, loss_on: str) -> Encoded:

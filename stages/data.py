@@ -1,7 +1,8 @@
 """Packed data: token shards on disk, mapped into memory, and batches that are a pure function of (seed, step, rank).
 
-Documents are joined with an end-of-text token between them. The data cursor is one integer, the step, so resuming is
-exact at any world size.
+Documents are joined with an end-of-text token between them. Where the tokenizer puts a start token before a text, every
+window begins with it, in the place of its first token: some models are lost without it (benchmarks/start_token.py). The
+data cursor is one integer, the step, so resuming is exact at any world size.
 
 B batch, L window length, W windows.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import fail
-from .chat import encode
+from .chat import encode, start_tokens
 from .config import DataConfig
 from .corpus import Corpus, load_corpus
 from .rundir import atomic_folder, file_hash
@@ -88,6 +89,7 @@ def _pack(corpus: Corpus, tokenizer: Any, config: DataConfig, folder: Path, chec
     index: dict[str, Any] = {
         "dtype": np.dtype(dtype).name,
         "tokenizer": tokenizer_hash(tokenizer),
+        "start": start_tokens(tokenizer),
         "config": _key(config),
         "domain": corpus.domain[0] if corpus.domain else None,
         "provenance": corpus.provenance,
@@ -153,6 +155,8 @@ class PackedData:
         self._train, self._loss = self._mapped(self._index["train"], dtype)
         pairs = {name: self._mapped(entry, dtype) for name, entry in self._index["heldout"].items()}
         self._heldout = {name: tokens for name, (tokens, _) in pairs.items() if len(tokens)}
+        # before start tokens were heeded, the index did not have them
+        self._start: list[int] = self._index.get("start", [])
         self.domain_name: str | None = self._index["domain"]
         self.provenance: list[dict[str, Any]] = self._index["provenance"]
 
@@ -174,9 +178,10 @@ class PackedData:
         return int(self._index["train"]["tokens"])
 
     def train_hash(self) -> str:
-        """A hash of the training set: its tokens, and which of them carry loss."""
+        """A hash of the training set: its tokens, which of them carry loss, and what windows begin with."""
         number = self._index["train"]["file"]
         parts = [file_hash(self.folder / f"{number}.{suffix}") for suffix in ("tokens", "loss")]
+        parts += map(str, self._start)
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def check(self, tokenizer: Any, config: DataConfig) -> None:
@@ -185,6 +190,9 @@ class PackedData:
             raise fail(
                 str(self.folder), "must be packed with the teacher's tokenizer", "another one", "Delete the folder."
             )
+        if start_tokens(tokenizer) != self._start:
+            got = "windows without it, of an earlier version"
+            raise fail(str(self.folder), "windows begin with the tokenizer's start token", got, "Delete the folder.")
         if _key(config) != self._index["config"]:
             raise fail(
                 str(self.folder), "must be packed from the recipe's data", "other settings", "Delete the folder."
@@ -202,10 +210,17 @@ class PackedData:
         rows = [self._row(seed, step * world * batch + rank * batch + i, window) for i in range(batch)]
         tokens, loss = self._train, self._loss
         return TokenBatch(
-            torch.from_numpy(np.stack([tokens[r : r + window] for r in rows]).astype(np.int64)),
+            self._windows(tokens, rows, window, self._start),
             torch.from_numpy(np.stack([loss[r : r + window] for r in rows]).astype(bool)),
             step,
         )
+
+    @staticmethod
+    def _windows(tokens: np.ndarray, rows: list[int], window: int, start: list[int]) -> Tensor:
+        """Windows [W, L] int64 from `rows` on, the first tokens of each replaced by `start`."""
+        windows_WL = torch.from_numpy(np.stack([tokens[r : r + window] for r in rows]).astype(np.int64))
+        windows_WL[:, : len(start)] = torch.tensor(start, dtype=torch.int64)
+        return windows_WL
 
     def _row(self, seed: int, number: int, window: int) -> int:
         """Where the window of the `number`-th row begins."""
@@ -222,10 +237,11 @@ class PackedData:
         """Names of the held-out sets that hold tokens, the domain included."""
         return list(self._heldout)
 
-    def heldout_windows(self, name: str, window: int, max_tokens: int) -> Tensor:
+    def heldout_windows(self, name: str, window: int, max_tokens: int, raw: bool = False) -> Tensor:
         """Windows of a held-out set, [W, L] int64, always the same: the first of every document, then the second ...
 
-        A window lies inside one document; documents shorter than a window are taken together.
+        A window lies inside one document; documents shorter than a window are taken together. `raw` ones have no start
+        token, since they are to stand in the midst of others.
         """
         tokens, starts = self._heldout[name], self._index["heldout"][name]["starts"]
         by_document = _window_starts([*starts, len(tokens)], window)
@@ -233,7 +249,7 @@ class PackedData:
         chosen = in_turn[: max(1, max_tokens // window)]
         if not chosen:
             return torch.empty(0, window, dtype=torch.int64)
-        return torch.from_numpy(np.stack([tokens[s : s + window] for s in chosen]).astype(np.int64))
+        return self._windows(tokens, chosen, window, [] if raw else self._start)
 
 
 def _index(folder: Path) -> dict[str, Any]:

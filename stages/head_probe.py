@@ -29,6 +29,7 @@ from ssmorph.convert.surgery import MixerChoice, shape_of
 from ssmorph.convert.window import Scores
 
 from ..errors import fail
+from .chat import start_tokens
 from .silence import replaced
 
 PAIRS = 16
@@ -171,7 +172,7 @@ def key_value_probes(tokenizer: Any, seed: int, probes: int, pairs: int = PAIRS,
         ValueError: as `head_importance`.
     """
     ordinary = ordinary_tokens(tokenizer, 2 * pairs + (gap > 0))
-    between = tokenizer(SEPARATOR, add_special_tokens=False).input_ids
+    start, between = start_tokens(tokenizer), tokenizer(SEPARATOR, add_special_tokens=False).input_ids
     generator = torch.Generator().manual_seed(seed)
     step = 2 + len(between)
     fillers = math.ceil(gap / step)
@@ -186,8 +187,8 @@ def key_value_probes(tokenizer: Any, seed: int, probes: int, pairs: int = PAIRS,
         if fillers:
             spare = shuffled[2 * pairs :]
             others = spare[torch.randint(len(spare), (fillers, 2), generator=generator)].tolist()
-        rows.append([token for pair in [*stated, *others, *asked] for token in (*pair, *between)])
-    return torch.tensor(rows), torch.arange(pairs + fillers, 2 * pairs + fillers) * step + 1
+        rows.append(start + [token for pair in [*stated, *others, *asked] for token in (*pair, *between)])
+    return torch.tensor(rows), torch.arange(pairs + fillers, 2 * pairs + fillers) * step + 1 + len(start)
 
 
 def ordinary_tokens(tokenizer: Any, needed: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chat import start_tokens
 from .retrieval import CITIES, FACTS, NAMES, Probe, accuracy, drawn, told_apart
 from .scores import Candidate
 
@@ -77,11 +78,11 @@ def _probe(
     answers = told_apart(tokenizer, asked, words)
     if answers is None:
         return None
-    end, choice_of = answers[0], dict(zip(words, answers[1], strict=True))
-    room = max(0, length - len(end) - sum(len(t) for _, t in placed))
+    end, choice_of, tokens = answers[0], dict(zip(words, answers[1], strict=True)), start_tokens(tokenizer)
+    room = max(0, length - len(tokens) - len(end) - sum(len(t) for _, t in placed))
     start = rng.randrange(max(1, len(filler_L) - room))
     filler = filler_L[start : start + room].tolist()
-    tokens, used = [], 0
+    used = 0
     for place, text in placed:
         reach = round(place * room)
         tokens += [*filler[used:reach], *text]

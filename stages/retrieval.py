@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import fail
+from .chat import start_tokens
 from .data import PackedData
 from .scores import Candidate
 
@@ -58,7 +59,7 @@ class Probe:
 def filler_of(data: PackedData) -> Tensor:
     """Tokens [L] of held-out documents to put between fact and question; empty where a run holds none out."""
     names = [n for n in data.heldout_names() if n != data.domain_name]
-    parts = [data.heldout_windows(n, 64, 8192).flatten() for n in names]
+    parts = [data.heldout_windows(n, 64, 8192, raw=True).flatten() for n in names]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
@@ -74,7 +75,7 @@ def make_probes(tokenizer: Any, filler_L: Tensor, distance: int, count: int, see
             return None
         asked, choices = answers
         stated = tokenizer("".join(facts.sentences()), add_special_tokens=False).input_ids
-        tokens = [*stated, *filler_L[start : start + distance].tolist(), *asked]
+        tokens = [*start_tokens(tokenizer), *stated, *filler_L[start : start + distance].tolist(), *asked]
         return Probe(torch.tensor(tokens), choices, facts.right)
 
     return [drawn(probe) for _ in range(count)]

@@ -12,7 +12,7 @@ from ssmorph.convert.families import family_of
 from ssmorph.convert.mixers import HeadsMixer, ScanMixer, WindowedMixer
 from ssmorph.convert.modeling import hybrid_of
 from ssmorph.convert.surgery import MixerChoice, start_mixer
-from ssmorph.convert.tiny import strengthen, tiny_config
+from ssmorph.convert.tiny import byte_tokenizer, strengthen, tiny_config
 
 # heads that stay attention, (layer, head): none in layer 0, of both key/value heads in layer 1, all in layer 2
 KEPT = ((1, 1), (1, 4), *((2, head) for head in range(6)), (3, 5))
@@ -25,6 +25,17 @@ WINDOWED_HEADS = "windowed_heads"
 def tiny_teacher(**changes: Any) -> Any:
     """A strong random Llama in eval mode."""
     return strengthen(LlamaForCausalLM(tiny_config(**changes))).eval().requires_grad_(False)
+
+
+def starting_tokenizer() -> Any:
+    """Bytes, and <s> before a text, as Gemma and Llama have it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def choice_of(kind: str) -> MixerChoice:

@@ -6,6 +6,7 @@ B batch, L window length, W windows.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 from pathlib import Path
@@ -21,6 +22,7 @@ from ssmorph.stages.config import DataConfig
 from ssmorph.stages.context import Interrupted
 from ssmorph.stages.corpus import load_corpus
 from ssmorph.stages.data import PackedData, open_or_pack
+from tests.models import starting_tokenizer
 
 from .tiny_run import run_tiny
 
@@ -183,6 +185,28 @@ def test_packing_again_says_that_nothing_was_read(config: DataConfig, tmp_path: 
     )
     assert first == second
     assert [("nothing was read again" in line) for line in said] == [False, True]
+
+
+def test_windows_begin_with_the_start_token_where_the_tokenizer_has_one(
+    config: DataConfig, packed: PackedData, tmp_path: Path
+) -> None:
+    tokenizer = starting_tokenizer()
+    start, begun = tokenizer.bos_token_id, pack(config, tmp_path / "begun", tokenizer)
+    for found, bare in (
+        (epoch(begun, 3, range(9), 2), epoch(packed, 3, range(9), 2)),
+        (begun.heldout_windows("some", L, 256), packed.heldout_windows("some", L, 256)),
+    ):
+        assert (found[:, 0] == start).all()
+        assert (bare[:, 0] != start).all()
+        assert torch.equal(found[:, 1:], bare[:, 1:])
+    assert torch.equal(begun.heldout_windows("some", L, 256, raw=True), packed.heldout_windows("some", L, 256))
+    assert begun.train_hash() != packed.train_hash()
+    # what an earlier version packed has no note of it
+    index = json.loads((begun.folder / "index.json").read_text())
+    del index["start"]
+    (begun.folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="start token"):
+        pack(config, begun.folder, tokenizer)
 
 
 def test_another_tokenizer_or_other_data_are_refused(config: DataConfig, packed: PackedData, tmp_path: Path) -> None:

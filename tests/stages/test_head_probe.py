@@ -18,7 +18,7 @@ from ssmorph.stages.head_probe import (
 )
 from tests.families.hybrids import WITH_BOTH, close, tokens
 from tests.families.tiny import family_teacher
-from tests.models import tiny_teacher
+from tests.models import starting_tokenizer, tiny_teacher
 
 LLAMA = FAMILIES["llama"]
 
@@ -32,6 +32,15 @@ def test_every_value_asked_for_was_stated_behind_the_same_key() -> None:
         assert [stated[row[i - 1]] for i in asked_T.tolist()] == [row[i] for i in asked_T.tolist()]
     assert not torch.equal(tokens_BL[0], tokens_BL[1])
     assert torch.equal(tokens_BL, key_value_probes(byte_tokenizer(), seed=0, probes=3, pairs=5)[0])
+
+
+def test_a_probe_begins_as_the_tokenizer_begins_a_text() -> None:
+    tokenizer = starting_tokenizer()
+    tokens_BL, asked_T = key_value_probes(tokenizer, seed=0, probes=3, pairs=5)
+    bare_BL, bare_T = key_value_probes(byte_tokenizer(), seed=0, probes=3, pairs=5)
+    assert tokens_BL[:, 0].tolist() == [tokenizer.bos_token_id] * 3
+    assert torch.equal(tokens_BL[:, 1:], bare_BL)
+    assert torch.equal(asked_T, bare_T + 1)
 
 
 def test_importance_is_the_slope_of_taking_a_head_away() -> None:

@@ -17,7 +17,7 @@ from ssmorph.stages.retrieval import make_probes, told_apart
 from ssmorph.stages.scores import Candidate, score
 from tests.families.hybrids import tokens
 from tests.families.tiny import family_teacher
-from tests.models import tiny_hybrid
+from tests.models import starting_tokenizer, tiny_hybrid
 
 
 # granite scales its logits, gemma2 caps them
@@ -36,6 +36,8 @@ def test_scores_are_of_the_logits_that_the_model_gives(row: str) -> None:
 
 class Pieces:
     """A tokenizer of words; the space before one is a token of its own, or belongs to it, or letters are tokens."""
+
+    bos_token_id = None
 
     def __init__(self, how: str) -> None:
         self.how, self.ids = how, dict[str, int]()
@@ -58,6 +60,15 @@ def test_answers_are_told_apart_in_any_tokenizer(how: str) -> None:
         assert len(set(probe.choices)) == 4
         # what the answers share has been said
         assert (int(probe.tokens_L[-1]) == tokenizer.ids.get("_", -1)) == (how == "apart")
+
+
+def test_every_question_begins_as_the_tokenizer_begins_a_text() -> None:
+    tokenizer, filler = starting_tokenizer(), torch.arange(97, 123).repeat(12)
+    start = tokenizer.bos_token_id
+    asked = [p for task in TASKS for p in make_task(task, tokenizer, filler, 300, 0.0, 2, seed=0)]
+    for probe in [*asked, *make_probes(tokenizer, filler, 64, 2, seed=0)]:
+        assert (probe.tokens_L == start).nonzero().tolist() == [[0]]
+    assert {len(p.tokens_L) for p in asked} == {300}
 
 
 def test_a_tokenizer_that_knows_no_city_is_refused() -> None:
