@@ -36,11 +36,8 @@ def main() -> None:
         for raw in (False, True):
             windows = [data.heldout_windows(name, WINDOW, TOKENS // len(names), raw=raw) for name in names]
             found[raw] = score(teacher, [], torch.cat(windows))["teacher"].summary()
-    with_it, without = found[False]["perplexity"], found[True]["perplexity"]
-    assert math.isfinite(without)
-    print(
-        f"{found[True]['tokens']} tokens: perplexity {with_it:.2f} with it, {without:.2f} without: {without / with_it:.2f} x"
-    )
+    begun, bare = found[False]["perplexity"], found[True]["perplexity"]
+    print(f"{found[True]['tokens']} tokens: perplexity {begun:.2f} with it, {bare:.2f} without: {bare / begun:.2f} x")
 
 
 if __name__ == "__main__":
