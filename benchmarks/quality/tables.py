@@ -66,6 +66,18 @@ def _mean(done: list[dict[str, Any]]) -> str:
     return f"{math.exp(excess):.3g}, {kl:.3f}" + (f" ({len(done)} seeds)" if len(done) > 1 else "")
 
 
+def steps() -> str:
+    """Ours with more gradient steps of calibration, and as it is, where it ran on these layers."""
+    rows = []
+    for run in study.longer():
+        both = [
+            [r for seed in study.SEEDS if (r := one._replace(seed=seed).result())]
+            for one in (run._replace(more=""), run)
+        ]
+        rows.append([run.layers, *map(_mean, both)])
+    return table(("converted", "126 steps", "500 steps"), rows)
+
+
 def overtaking() -> str:
     """When pure Mamba-2 would reach the trained window E, if its KL went on falling as a power of the tokens."""
     rate, points = study.best_rate("ours"), []
@@ -173,6 +185,7 @@ def _heads_row(row: dict[str, float]) -> list[str]:
 TABLES: dict[str, Callable[[], str]] = {
     "rates": rates, "recipes": recipes, "ingredients": ingredients, "states": states, "layers": layers,
     "window-layers": window_layers, "tokens": tokens, "heads": some_heads, "overtaking": overtaking,
+    "steps": steps,
 }  # fmt: skip
 
 
