@@ -63,7 +63,12 @@ def _mean(done: list[dict[str, Any]]) -> str:
     if not done:
         return "not run"
     excess, kl = (sum(values) / len(done) for values in ([math.log(r["ratio"]) for r in done], [r["kl"] for r in done]))
-    return f"{math.exp(excess):.3g}, {kl:.3f}" + (f" ({len(done)} seeds)" if len(done) > 1 else "")
+    ratio = math.exp(excess)
+    return (
+        (f"{ratio:.2f}" if ratio < 10 else f"{ratio:.3g}")
+        + f", {kl:.3f}"
+        + (f" ({len(done)} seeds)" if len(done) > 1 else "")
+    )
 
 
 def steps() -> str:
