@@ -158,7 +158,7 @@ def heldout_sets(data: PackedData, length: int, suite: Suite) -> list[tuple[str,
 def _controls(teacher: Any, hybrid: Any, spec: FamilySpec, tokens: int, seed: int) -> list[Candidate]:
     """The copy, no attention, and windows: the mixer's own, and of `tokens`.
 
-    A window alone is what a mixer with one starts from, unless it keeps heads whole: then there is no other copy.
+    Of a mixer with a window the copy is that window alone, and not scored twice, unless heads are kept whole.
     """
     mixers = hybrid.mixers()
     layers = sorted(mixers)

@@ -64,11 +64,8 @@ def _mean(done: list[dict[str, Any]]) -> str:
         return "not run"
     excess, kl = (sum(values) / len(done) for values in ([math.log(r["ratio"]) for r in done], [r["kl"] for r in done]))
     ratio = math.exp(excess)
-    return (
-        (f"{ratio:.2f}" if ratio < 10 else f"{ratio:.3g}")
-        + f", {kl:.3f}"
-        + (f" ({len(done)} seeds)" if len(done) > 1 else "")
-    )
+    seeds = f" ({len(done)} seeds)" if len(done) > 1 else ""
+    return f"{ratio:{'.2f' if ratio < 10 else '.3g'}}, {kl:.3f}{seeds}"
 
 
 def steps() -> str:
