@@ -89,6 +89,10 @@ def test_heads_beside_a_window_are_those_that_bring_most_from_behind_it(tmp_path
     # 12 tokens and 8 prototypes of 9 floats are 16.5 tokens of four key/value heads each; one has all 48 instead
     tokens = [read(r, "report.json")["window_control"]["tokens"] for r in (plain, run)]
     assert tokens == [16, (3 * 16.5 + 48) // 4]
+    # a copy keeps the heads whole, which the window alone does not
+    rows = [read(r, "report.json")["text"][0]["models"] for r in (plain, run)]
+    assert [(name in models) for models in rows for name in ("copy", "own_window")] == [False, True, True, True]
+    assert rows[1]["copy"]["kl"] < rows[1]["own_window"]["kl"]
     # behind another window other heads matter
     other = windowed("other", "student.heads=retrieval-1", "student.window=8", until="surgery")
     assert read(other, "placement/heads.json")["importance"] != importance.tolist()
